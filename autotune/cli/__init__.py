@@ -1,0 +1,84 @@
+"""The command line; the only part that prints or exits.
+
+Each command is a module that is imported when the command runs, so that `--help` is instant.
+"""
+
+import importlib
+import logging
+import signal
+import sys
+import traceback
+from types import FrameType
+
+import click
+
+from autotune import __version__
+from autotune.errors import AutotuneError, InterruptedRunError
+
+_COMMANDS = {
+    "run": "Find the fastest setting that fits, and train with it.",
+    "tune": "Find the fastest setting that fits, without training.",
+    "train": "Train with the setting that was found; goes on from the last checkpoint.",
+    "plan": "Show which settings fit and how fast they may be, without probing.",
+    "detect": "Show the devices and what of them may be used.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"autotune.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="autotune")
+def _autotune() -> None:
+    """Find the fastest DeepSpeed setting that fits your devices, then train with it."""
+
+
+def main() -> None:
+    """Run the command line and exit with the code of what happened."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("autotune").setLevel(logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    sys.exit(_run())
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
+    # Once is enough: what follows is the clearing up, which a second signal must not cut short.
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)
+    msg = (
+        f"stopped by {signal.Signals(number).name}; what is done is saved, "
+        "and the same command goes on from there"
+    )
+    raise InterruptedRunError(msg)
+
+
+def _run() -> int:
+    try:
+        _autotune.main(standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except AutotuneError as error:
+        click.echo(f"autotune: {error}", err=True)
+        return error.exit_code
+    except Exception:  # noqa: BLE001 - whatever comes here is a bug, and its traceback is the report
+        traceback.print_exc()
+        click.echo("autotune: this is a bug; please report the lines above", err=True)
+        return 1
+    return 0

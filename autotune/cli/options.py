@@ -1,0 +1,134 @@
+"""Options that commands share, made from the table in config."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+from autotune.config import OPTIONS, Layer, Option, Options, resolve
+from autotune.errors import ConfigError, InputMissingError, UsageError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_LOCAL_CONFIG = Path("autotune.yaml")
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+config_file = click.option(
+    "--config",
+    "config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="YAML file with options [./autotune.yaml].",
+)
+dry_run = click.option(
+    "--dry-run", is_flag=True, help="Say what would be done: no probe, no training."
+)
+
+
+def shared(*names: str) -> Callable[[_Function], _Function]:
+    """Add the named options of the table (all if none is named) to a command."""
+
+    def decorate(function: _Function) -> _Function:
+        for option in reversed(OPTIONS):
+            if not names or option.name in names:
+                function = _click_option(option)(function)
+        return function
+
+    return decorate
+
+
+def _click_option(option: Option) -> Callable[[_Function], _Function]:
+    shown = "" if option.default in (None, False) else f" [{option.default}]"
+    if option.default is False:
+        return click.option(option.flag, option.name, is_flag=True, default=None, help=option.help)
+    return click.option(
+        option.flag,
+        option.name,
+        callback=_read_value(option),
+        metavar=option.metavar,
+        help=option.help + shown,
+    )
+
+
+def _read_value(option: Option) -> Callable[..., Any]:
+    """Return a callback that reads the text, so that a bad value is a usage error."""
+
+    def callback(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+        if text is not None:
+            try:
+                option.parse(text)
+            except ValueError as error:
+                raise click.BadParameter(str(error), ctx, parameter) from None
+        return text
+
+    return callback
+
+
+def resolve_options(flags: dict[str, Any], config: Path | None) -> Options:
+    """Resolve flags over the named file over ./autotune.yaml over the defaults.
+
+    Raises:
+        InputMissingError: the named file is not there.
+        ConfigError: a file is no YAML mapping, or has an unknown key or a value that cannot be.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    layers = [Layer("command line", given)]
+    if config is not None:
+        layers.append(_read_layer(config))
+    if _LOCAL_CONFIG.is_file():
+        layers.append(_read_layer(_LOCAL_CONFIG))
+    return resolve(layers)
+
+
+def recorded_options(recorded: dict[str, dict[str, Any]]) -> Options:
+    """Return the options as run.json has them."""
+    return Options(
+        values={name: entry["value"] for name, entry in recorded.items()},
+        sources={name: entry["source"] for name, entry in recorded.items()},
+    )
+
+
+def _read_layer(path: Path) -> Layer:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"the configuration file {path} cannot be read: {error.strerror}"
+        raise InputMissingError(msg) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        msg = f"{path} is not YAML: {' '.join(str(error).split())}"
+        raise ConfigError(msg) from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        msg = f"{path} holds no mapping of option names to values"
+        raise ConfigError(msg)
+    return Layer(str(path), content)
+
+
+def require_dataset(options: Options) -> None:
+    """Refuse to go on without a dataset.
+
+    Raises:
+        UsageError: none was named.
+    """
+    if options["dataset"] is None:
+        msg = "no dataset: name a JSONL file with --dataset"
+        raise UsageError(msg)
+
+
+def echo_json(document: Any) -> None:  # noqa: ANN401 - JSON
+    click.echo(json.dumps(document, indent=2))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out text in columns; all but the first are aligned on the right."""
+    widths = [max(len(row[place]) for row in (columns, *rows)) for place in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join(line(cells) for cells in (columns, *rows))

@@ -1,0 +1,60 @@
+"""`autotune plan`."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autotune.cli.options import as_json, config_file, echo_json, resolve_options, shared
+from autotune.cli.summary import plan_text
+
+if TYPE_CHECKING:
+    from autotune.pipeline import Question
+
+
+@click.command(name="plan")
+@shared()
+@click.option(
+    "--seq-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of every row, where no dataset is named [the limit].",
+)
+@click.option("--all", "everything", is_flag=True, help="Every setting in the JSON document.")
+@config_file
+@as_json
+def command(
+    config: Path | None,
+    seq_length: int | None,
+    *,
+    everything: bool,
+    as_json: bool,
+    **flags: Any,  # noqa: ANN401
+) -> None:
+    """Show which settings fit and how fast they may be, without probing."""
+    from autotune import pipeline
+
+    question = pipeline.ask(resolve_options(flags, config))
+    show_plan(question, as_json=as_json, everything=everything, seq_length=seq_length)
+
+
+def show_plan(
+    question: "Question", *, as_json: bool, everything: bool, seq_length: int | None
+) -> None:
+    """Estimate every setting and print them."""
+    from autotune import pipeline
+
+    pipeline.start_processes(question.cluster)
+    with tempfile.TemporaryDirectory(prefix="autotune-plan-") as scratch:
+        workload = pipeline.look_into(
+            question,
+            dataset_dir=Path(scratch) / "dataset",
+            logs=Path(scratch),
+            seq_length=seq_length,
+        )
+    document = pipeline.plan_document(workload, everything=everything)
+    if as_json:
+        echo_json(document)
+    else:
+        click.echo(plan_text(document))

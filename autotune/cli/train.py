@@ -1,0 +1,28 @@
+"""`autotune train`."""
+
+from pathlib import Path
+
+import click
+
+from autotune.cli.options import as_json, dry_run, echo_json, recorded_options
+from autotune.cli.summary import result_text
+
+
+@click.command(name="train")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@dry_run
+@as_json
+def command(run_dir: Path, *, dry_run: bool, as_json: bool) -> None:
+    """Train with the setting that a run found; goes on from the last checkpoint."""
+    from autotune import pipeline
+    from autotune.rundir import RunDir
+
+    run = pipeline.reopen(RunDir(run_dir.absolute()), recorded_options)
+    if dry_run:
+        click.echo(f"bash {run.dir.launch_script}")
+        return
+    result = run.finished(with_training=True) or run.execute(with_training=True)
+    if as_json:
+        echo_json(result)
+    else:
+        click.echo(result_text(result))

@@ -1,0 +1,307 @@
+"""Options: what there is, where each value came from, and how text becomes a value."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autotune.errors import ConfigError
+from autotune.units import parse_bytes, parse_duration
+
+Parse = Callable[[Any], Any]
+
+
+def _whole_above_zero(value: Any) -> int:  # noqa: ANN401 - YAML or text
+    number = _number(value)
+    if number != int(number) or number < 1:
+        msg = f"{value!r} is not a whole number above zero"
+        raise ValueError(msg)
+    return int(number)
+
+
+def _whole(value: Any) -> int:  # noqa: ANN401 - YAML or text
+    number = _number(value)
+    if number != int(number) or number < 0:
+        msg = f"{value!r} is not a whole number"
+        raise ValueError(msg)
+    return int(number)
+
+
+def _number(value: Any) -> float:  # noqa: ANN401 - YAML or text; YAML reads 1e-4 as text
+    if isinstance(value, bool):
+        msg = f"{value!r} is not a number"
+        raise ValueError(msg)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        msg = f"{value!r} is not a number"
+        raise ValueError(msg) from None
+
+
+def _above_zero(value: Any) -> float:  # noqa: ANN401 - YAML or text
+    number = _number(value)
+    if not 0 < number < float("inf"):
+        msg = f"{value!r} is not a number above zero"
+        raise ValueError(msg)
+    return number
+
+
+def _share(value: Any) -> float:  # noqa: ANN401 - YAML or text
+    number = _number(value)
+    if not 0 <= number < 1:
+        msg = f"{value!r} is not a share between 0 and 1"
+        raise ValueError(msg)
+    return number
+
+
+def _not_negative(value: Any) -> float:  # noqa: ANN401 - YAML or text
+    number = _number(value)
+    if not 0 <= number < float("inf"):
+        msg = f"{value!r} is not a number of zero or more"
+        raise ValueError(msg)
+    return number
+
+
+def _text(value: Any) -> str:  # noqa: ANN401 - YAML or text
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        msg = f"{value!r} is not a text"
+        raise ValueError(msg)
+    return str(value)
+
+
+def _flag(value: Any) -> bool:  # noqa: ANN401 - YAML or text
+    if not isinstance(value, bool):
+        msg = f"{value!r} is neither true nor false"
+        raise ValueError(msg)
+    return value
+
+
+def _size(value: Any) -> int:  # noqa: ANN401 - YAML or text
+    return parse_bytes(str(value))
+
+
+def _duration(value: Any) -> float:  # noqa: ANN401 - YAML or text
+    return parse_duration(str(value))
+
+
+def _one_of(*choices: str) -> Parse:
+    def parse(value: Any) -> str:  # noqa: ANN401 - YAML or text
+        if value not in choices:
+            msg = f"{value!r} is none of {', '.join(choices)}"
+            raise ValueError(msg)
+        return str(value)
+
+    return parse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """An option of the command line and key of the configuration file.
+
+    `default` is what holds if nobody says anything; None means that it follows from other facts.
+    """
+
+    name: str
+    parse: Parse
+    default: Any
+    metavar: str
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        name="model",
+        parse=_text,
+        default="builtin:glm-tiny",
+        metavar="MODEL",
+        help="Hub id, local directory, or builtin:glm-tiny (a small demo model).",
+    ),
+    Option(
+        name="dataset", parse=_text, default=None, metavar="FILE", help="JSONL file to train on."
+    ),
+    Option(
+        name="run_dir",
+        parse=_text,
+        default=None,
+        metavar="DIR",
+        help="Where everything about the run goes [runs/<dataset>-<model>-<fingerprint>].",
+    ),
+    Option(
+        name="method",
+        parse=_one_of("full"),
+        default="full",
+        metavar="full",
+        help="What is trained: full, all parameters.",
+    ),
+    Option(
+        name="precision",
+        parse=_one_of("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        metavar="auto|bf16|fp16|fp32",
+        help="Type that the model computes in; auto takes what the device is made for.",
+    ),
+    Option(
+        name="global_batch_size",
+        parse=_whole_above_zero,
+        default=32,
+        metavar="N",
+        help="Rows an optimizer step, over all ranks; kept exactly.",
+    ),
+    Option(
+        name="max_seq_length",
+        parse=_whole_above_zero,
+        default=None,
+        metavar="N",
+        help="Tokens a row at most; longer ones lose their end [the model's limit].",
+    ),
+    Option(
+        name="epochs",
+        parse=_above_zero,
+        default=1.0,
+        metavar="X",
+        help="Times the dataset is gone through.",
+    ),
+    Option(
+        name="max_steps",
+        parse=_whole_above_zero,
+        default=None,
+        metavar="N",
+        help="Optimizer steps, in place of --epochs.",
+    ),
+    Option(
+        name="learning_rate",
+        parse=_above_zero,
+        default=2e-5,
+        metavar="X",
+        help="Peak learning rate of AdamW.",
+    ),
+    Option(
+        name="lr_scheduler",
+        parse=_one_of("cosine", "linear", "constant_with_warmup"),
+        default="cosine",
+        metavar="cosine|linear|constant_with_warmup",
+        help="How the learning rate falls.",
+    ),
+    Option(
+        name="warmup_ratio",
+        parse=_share,
+        default=0.03,
+        metavar="X",
+        help="Share of the steps in which the learning rate rises.",
+    ),
+    Option(
+        name="weight_decay",
+        parse=_not_negative,
+        default=0.0,
+        metavar="X",
+        help="Weight decay of AdamW.",
+    ),
+    Option(
+        name="max_grad_norm",
+        parse=_not_negative,
+        default=1.0,
+        metavar="X",
+        help="Gradient norm that is clipped to; 0 does not clip.",
+    ),
+    Option(
+        name="seed", parse=_whole, default=42, metavar="N", help="Seed of weights and row order."
+    ),
+    Option(
+        name="devices",
+        parse=_text,
+        default="auto",
+        metavar="auto|N|cpu|cpu:N",
+        help="Devices to use, one data-parallel rank on each.",
+    ),
+    Option(
+        name="device_memory",
+        parse=_size,
+        default=None,
+        metavar="SIZE",
+        help="Memory of a device that may be used, for instance 2GiB; enforced [all that is free].",
+    ),
+    Option(
+        name="max_probes",
+        parse=_whole_above_zero,
+        default=12,
+        metavar="N",
+        help="Structures that are probed at most.",
+    ),
+    Option(
+        name="tune_budget",
+        parse=_duration,
+        default=None,
+        metavar="TIME",
+        help="Time that tuning may take, for instance 20m.",
+    ),
+    Option(
+        name="trust_remote_code",
+        parse=_flag,
+        default=False,
+        metavar="",
+        help="Run Python code that comes with the model.",
+    ),
+)
+
+_BY_NAME = {option.name: option for option in OPTIONS}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Options as one source gave them, not read yet."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Every option's value, and the source that it came from."""
+
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - each option has its own type
+        return self.values[name]
+
+    def is_default(self, name: str) -> bool:
+        return self.sources[name] == "default"
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"value": value, "source": self.sources[name]}
+            for name, value in self.values.items()
+        }
+
+
+def resolve(layers: Sequence[Layer]) -> Options:
+    """Read the layers; the first that names an option wins, and the defaults are the last.
+
+    Raises:
+        ConfigError: a layer has an unknown key (the nearest is named) or a value that cannot be.
+    """
+    values = {option.name: option.default for option in OPTIONS}
+    sources = dict.fromkeys(values, "default")
+    for layer in reversed(layers):
+        for key, value in layer.values.items():
+            option = _find(key, layer.source)
+            try:
+                values[option.name] = None if value is None else option.parse(value)
+            except ValueError as error:
+                msg = f"{layer.source}: {key}: {error}"
+                raise ConfigError(msg) from None
+            sources[option.name] = layer.source
+    return Options(values=values, sources=sources)
+
+
+def _find(key: Any, source: str) -> Option:  # noqa: ANN401 - a YAML key
+    name = str(key).replace("-", "_")
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    nearest = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.0)
+    msg = f"{source}: unknown key {key!r}; the nearest is {nearest[0]!r}"
+    raise ConfigError(msg)

@@ -1,0 +1,161 @@
+"""Turns a setting into what the engine takes: the DeepSpeed config and the trainer's arguments."""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from autotune.hardware import Cluster
+from autotune.setting import Setting
+from autotune.workload import Job, ModelProfile, TrainSpec
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+
+_MAX_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's own default; a smaller model gets buckets of its own size, as they are allocated."""
+
+_PERSISTENCE_THRESHOLD = 100_000
+_MAX_LIVE_PARAMETERS = 1_000_000_000
+_CHECKPOINTS_A_TRAINING = 4
+
+
+def ds_config(job: Job, setting: Setting, profile: ModelProfile, cluster: Cluster) -> dict[str, Any]:
+    """Return the DeepSpeed config of a setting, every value literal."""
+    return {
+        "train_batch_size": job.global_batch_size,
+        "train_micro_batch_size_per_gpu": setting.micro_batch_size,
+        "gradient_accumulation_steps": setting.gradient_accumulation_steps,
+        "gradient_clipping": job.max_grad_norm,
+        "optimizer": _optimizer(job, cluster, setting),
+        "zero_optimization": _zero(setting, profile),
+        "bf16": {"enabled": job.precision == "bf16"},
+        "fp16": {"enabled": job.precision == "fp16"},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
+    params: dict[str, Any] = {
+        "lr": job.learning_rate,
+        "betas": list(ADAM_BETAS),
+        "eps": ADAM_EPS,
+        "weight_decay": job.weight_decay,
+    }
+    # Without torch_adam DeepSpeed compiles a C++ or CUDA optimizer; on the host, offloaded, that is
+    # the fast one and wanted, elsewhere torch's own is as fast and needs no compiler.
+    if setting.structure.offload_optimizer == "none" or not cluster.has_separate_memory:
+        params["torch_adam"] = True
+    return {"type": "AdamW", "params": params}
+
+
+def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
+    structure = setting.structure
+    bucket = min(_MAX_BUCKET_ELEMENTS, profile.trainable_parameters)
+    zero: dict[str, Any] = {"stage": structure.zero_stage}
+    if structure.zero_stage == 0:
+        return zero
+    zero |= {
+        "contiguous_gradients": True,
+        "overlap_comm": structure.zero_stage == 3,  # noqa: PLR2004 - a ZeRO stage
+        "reduce_bucket_size": bucket,
+    }
+    if structure.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": structure.offload_optimizer, "pin_memory": True}
+    if structure.zero_stage < 3:  # noqa: PLR2004 - a ZeRO stage
+        return zero | {"allgather_partitions": True, "allgather_bucket_size": bucket}
+    if structure.offload_param != "none":
+        zero["offload_param"] = {"device": structure.offload_param, "pin_memory": True}
+    return zero | {
+        "stage3_prefetch_bucket_size": min(bucket, 2 * profile.largest_layer_parameters),
+        "stage3_param_persistence_threshold": _PERSISTENCE_THRESHOLD,
+        "stage3_max_live_parameters": _MAX_LIVE_PARAMETERS,
+        "stage3_max_reuse_distance": _MAX_LIVE_PARAMETERS,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+
+
+def train_spec(
+    job: Job, setting: Setting, cluster: Cluster, *, dataset_dir: str, output_dir: str
+) -> TrainSpec:
+    """Return what the trainer gets besides the DeepSpeed config, in agreement with it."""
+    return TrainSpec(
+        model_dir=job.model_dir,
+        from_scratch=job.from_scratch,
+        trust_remote_code=job.trust_remote_code,
+        precision=job.precision,
+        attention=setting.structure.attention,
+        checkpointing=setting.structure.checkpointing,
+        dataset_dir=dataset_dir,
+        device_kind=cluster.kind,
+        device_memory_bytes=cluster.device_memory_bytes,
+        threads_per_rank=cluster.threads_per_rank,
+        seed=job.seed,
+        trainer=_trainer_arguments(job, setting, output_dir),
+    )
+
+
+def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str, Any]:
+    return {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": setting.micro_batch_size,
+        "gradient_accumulation_steps": setting.gradient_accumulation_steps,
+        "num_train_epochs": job.epochs,
+        "max_steps": job.max_steps or -1,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": job.lr_scheduler,
+        # Below one this is a share of the steps.
+        "warmup_steps": job.warmup_ratio,
+        "weight_decay": job.weight_decay,
+        "max_grad_norm": job.max_grad_norm,
+        "adam_beta1": ADAM_BETAS[0],
+        "adam_beta2": ADAM_BETAS[1],
+        "adam_epsilon": ADAM_EPS,
+        "bf16": job.precision == "bf16",
+        "fp16": job.precision == "fp16",
+        "seed": job.seed,
+        "data_seed": job.seed,
+        "train_sampling_strategy": setting.structure.sampling,
+        "dataloader_drop_last": False,
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        # Below one this is a share of the steps too; the last step is always saved.
+        "save_steps": 1 / _CHECKPOINTS_A_TRAINING,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def launch_script(python: str, num_ranks: int, environment: Sequence[tuple[str, str]]) -> str:
+    """Return launch.sh: the training command by hand, without the tuner."""
+    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment)
+    return f"""#!/usr/bin/env bash
+# Starts the tuned training by hand, from the two emitted files alone. What it writes goes to
+# by-hand/ beside this script; give --output-dir to choose another place.
+set -euo pipefail
+cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
+{exports}
+exec {shlex.join(torchrun_command(python, num_ranks))} --output-dir by-hand "$@"
+"""
+
+
+def torchrun_command(python: str, num_ranks: int) -> list[str]:
+    """Return the command that trains from the emitted files in the current directory."""
+    return [
+        python,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        # Port 0: the rendezvous takes a free one, so that two trainings never meet.
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        f"--nproc-per-node={num_ranks}",
+        "-m",
+        "autotune.train.entry",
+        "--ds-config",
+        "ds_config.json",
+        "--train-args",
+        "train_args.json",
+    ]

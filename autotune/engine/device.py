@@ -1,0 +1,130 @@
+"""What differs between kinds of device: memory readings, memory caps, waiting for work to finish."""
+
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class MemoryMeter(Protocol):
+    """Peak device memory of this process since the last reset, its baseline subtracted."""
+
+    def reset(self) -> None: ...
+
+    def peak_bytes(self) -> int: ...
+
+
+class ResidentSetMeter:
+    """A CPU rank: the peak resident set, read from the kernel, which can reset it.
+
+    Made when the process group is up and before the model is built; the resident set of that moment
+    (interpreter, libraries) is the baseline.
+    """
+
+    def __init__(self) -> None:
+        self._baseline = _status_bytes("VmRSS")
+
+    def reset(self) -> None:
+        # Writing 5 resets the peak to the current resident set: proc(5).
+        _CLEAR_REFS.write_text("5")
+
+    def peak_bytes(self) -> int:
+        return max(0, _status_bytes("VmHWM") - self._baseline)
+
+
+class AllocatorMeter:
+    """A rank on an accelerator: the peak that the allocator reserved."""
+
+    def reset(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        from deepspeed.accelerator import get_accelerator
+
+        return int(get_accelerator().max_memory_reserved())
+
+
+class MemoryCap:
+    """Holds this process to a number of bytes above what it uses when the cap is made.
+
+    On a CPU it is a soft limit on private writable memory (RLIMIT_DATA, setrlimit(2)), so that an
+    allocation beyond it fails like that of a full device. On an accelerator it is the allocator's
+    share of the device.
+    """
+
+    def __init__(self, device_kind: str, num_bytes: int) -> None:
+        self._device_kind = device_kind
+        self._num_bytes = num_bytes
+        self._data_limit = _status_bytes("VmData") + num_bytes
+
+    def enforce(self) -> None:
+        if self._device_kind == "cpu":
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            limit = self._data_limit if hard == resource.RLIM_INFINITY else min(self._data_limit, hard)
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+        else:
+            _cap_allocator(self._num_bytes)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Let go of the cap for work that is done in host memory on other devices: saving."""
+        if self._device_kind != "cpu":
+            yield
+            return
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+        try:
+            yield
+        finally:
+            self.enforce()
+
+
+def enter_rank(device_kind: str, memory_bytes: int, threads: int) -> tuple[MemoryMeter, MemoryCap]:
+    """Make this process a rank: process group, threads, memory baseline and cap.
+
+    A process group that is there already is used; else it is made from the environment of torchrun.
+    """
+    import deepspeed
+    import torch
+
+    torch.set_num_threads(threads)
+    deepspeed.init_distributed()
+    # Threads that the first backward and the first collective start belong to the baseline.
+    torch.ones(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+    torch.distributed.barrier()
+    meter = ResidentSetMeter() if device_kind == "cpu" else AllocatorMeter()
+    cap = MemoryCap(device_kind, memory_bytes)
+    cap.enforce()
+    return meter, cap
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was given; on a CPU it always has."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()
+
+
+def _cap_allocator(num_bytes: int) -> None:
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    share = num_bytes / accelerator.total_memory()
+    # DeepSpeed's accelerator has no call for this; CUDA's is the only one that torch offers.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), accelerator.current_device())
+
+
+def _status_bytes(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    assert match is not None, f"{_STATUS} has no {field}"
+    return int(match[1]) * 1024
+
+

@@ -1,0 +1,64 @@
+"""What can go wrong, as a tree, and the exit code of each.
+
+AutotuneError
+├── UsageError           2   an option that cannot be meant
+├── DatasetError        65   the dataset's content
+├── InputMissingError   66   a file, model or tokenizer that is not there
+├── NoUsableDeviceError 69   devices that cannot be used
+├── SetupFaultError     70   every probe failed alike
+├── NothingFitsError    71   no setting fits the devices
+├── TrainingFailedError 72   the training ended badly
+├── CannotWriteError    73   the run directory or a cache cannot be written
+├── InterruptedRunError 75   stopped from outside or out of budget; state saved
+└── ConfigError         78   a configuration file or a model's configuration
+
+Anything else that reaches the command line is a bug: exit code 1.
+"""
+
+from typing import ClassVar
+
+
+class AutotuneError(Exception):
+    """Base of every error whose text is meant for the user: found, needed, what to do next."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(AutotuneError):
+    exit_code = 2
+
+
+class DatasetError(AutotuneError):
+    exit_code = 65
+
+
+class InputMissingError(AutotuneError):
+    exit_code = 66
+
+
+class NoUsableDeviceError(AutotuneError):
+    exit_code = 69
+
+
+class SetupFaultError(AutotuneError):
+    exit_code = 70
+
+
+class NothingFitsError(AutotuneError):
+    exit_code = 71
+
+
+class TrainingFailedError(AutotuneError):
+    exit_code = 72
+
+
+class CannotWriteError(AutotuneError):
+    exit_code = 73
+
+
+class InterruptedRunError(AutotuneError):
+    exit_code = 75
+
+
+class ConfigError(AutotuneError):
+    exit_code = 78

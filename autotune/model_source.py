@@ -1,0 +1,101 @@
+"""Where a model comes from: shipped with the package, a local directory, or a model hub."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from autotune import builtin
+from autotune.errors import ConfigError, InputMissingError
+
+_BUILTIN = "builtin:"
+_WEIGHTS = ("*.safetensors",)
+_UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A directory with config.json, and what the model recommends for options nobody set.
+
+    `from_scratch` says that there are no weights, so that training starts from random ones.
+    """
+
+    name: str
+    directory: Path
+    from_scratch: bool
+    recommended: Mapping[str, float]
+
+    @property
+    def short_name(self) -> str:
+        return Path(self.name.removeprefix(_BUILTIN)).name
+
+    def content_hash(self) -> str:
+        """Return a hash of the configuration and of the weight files' names and sizes."""
+        digest = hashlib.blake2b((self.directory / "config.json").read_bytes(), digest_size=16)
+        for path in sorted(self.directory.glob("*.safetensors")):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+        return digest.hexdigest()
+
+
+def find_model(model: str) -> ModelSource:
+    """Find a model by `builtin:NAME`, directory, or hub id.
+
+    Raises:
+        InputMissingError: there is no such model, or no config.json in it.
+        ConfigError: config.json is no JSON object, or the weights are only there as pickles.
+    """
+    if model.startswith(_BUILTIN):
+        name = model.removeprefix(_BUILTIN)
+        return ModelSource(
+            name=model,
+            directory=builtin.directory(name),
+            from_scratch=True,
+            recommended=builtin.RECOMMENDED.get(name, {}),
+        )
+    directory = Path(model) if Path(model).is_dir() else _from_hub(model)
+    _check_config(directory)
+    has_weights = any(any(directory.glob(pattern)) for pattern in _WEIGHTS)
+    if not has_weights and any(any(directory.glob(pattern)) for pattern in _UNSAFE_WEIGHTS):
+        msg = (
+            f"{directory} has weights as pickles only, which can run code when they are loaded: "
+            "convert them to safetensors"
+        )
+        raise ConfigError(msg)
+    return ModelSource(
+        name=model, directory=directory.resolve(), from_scratch=not has_weights, recommended={}
+    )
+
+
+def _check_config(directory: Path) -> None:
+    path = directory / "config.json"
+    if not path.is_file():
+        msg = f"{directory} has no config.json: name a directory that holds a transformers model"
+        raise InputMissingError(msg)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path} is not JSON: {error}"
+        raise ConfigError(msg) from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        msg = f"{path} names no model_type, so transformers cannot build the model"
+        raise ConfigError(msg)
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        msg = (
+            f"no directory and no model of the hub that can be reached is called {model!r} "
+            f"({reason}): name a directory that holds config.json, tokenizer and weights"
+        )
+        raise InputMissingError(msg) from None

@@ -1,0 +1,130 @@
+"""What a rung of a probe ended in. A failed probe is a value, never an exception."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+from autotune.setting import Setting, Structure
+
+SCHEMA = 1
+
+Where = Literal["device", "host"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A rung that ran.
+
+    Attributes:
+        step_time_s: seconds an optimizer step of the whole global batch takes on the dataset's
+            real lengths, composed from the measured micro-steps.
+        tokens_per_s: tokens that are not padding, all ranks together.
+        accumulate_s: (padded length, median seconds) of micro-steps without an update; slowest rank.
+        boundary_extra_s: what gradient synchronisation and the update add to the last micro-step.
+        spread: median absolute deviation of the repeated micro-steps over their median, the largest.
+        peak_bytes: the highest device memory of the worst rank, its process baseline subtracted.
+    """
+
+    kind: ClassVar[str] = "measured"
+    step_time_s: float
+    samples_per_s: float
+    tokens_per_s: float
+    accumulate_s: tuple[tuple[int, float], ...]
+    boundary_extra_s: float
+    spread: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutOfMemory:
+    kind: ClassVar[str] = "out_of_memory"
+    where: Where
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedOut:
+    kind: ClassVar[str] = "timed_out"
+    phase: str
+    seconds: float
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crashed:
+    """An exception, or a signal that is not explained by memory."""
+
+    kind: ClassVar[str] = "crashed"
+    reason: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interrupted:
+    """The probe was stopped from outside; it says nothing about the setting."""
+
+    kind: ClassVar[str] = "interrupted"
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unknown:
+    """A death without a cause; never counted as out of memory."""
+
+    kind: ClassVar[str] = "unknown"
+    exit_code: int | None
+    evidence: str
+
+
+Outcome = Measured | OutOfMemory | TimedOut | Crashed | Interrupted | Unknown
+
+_KINDS: dict[str, type[Outcome]] = {
+    kind.kind: kind for kind in (Measured, OutOfMemory, TimedOut, Crashed, Interrupted, Unknown)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """One line of probes.jsonl: a setting, the rows it was tried on, and what came of it."""
+
+    setting: Setting
+    ranks: int
+    lengths: dict[str, Any]
+    outcome: Outcome
+    at: str
+    seconds: float = field(default=0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        figures = asdict(self.outcome)
+        return {
+            "schema": SCHEMA,
+            "structure": asdict(self.setting.structure),
+            "micro_batch_size": self.setting.micro_batch_size,
+            "gradient_accumulation_steps": self.setting.gradient_accumulation_steps,
+            "ranks": self.ranks,
+            "lengths": self.lengths,
+            "outcome": {"kind": self.outcome.kind, "where": figures.pop("where", None), **figures},
+            "at": self.at,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> "Rung":
+        figures = dict(line["outcome"])
+        kind = _KINDS[figures.pop("kind")]
+        where = figures.pop("where", None)
+        if kind is OutOfMemory:
+            figures["where"] = where
+        if kind is Measured:
+            figures["accumulate_s"] = tuple((s, t) for s, t in figures["accumulate_s"])
+        return cls(
+            setting=Setting(
+                structure=Structure(**line["structure"]),
+                micro_batch_size=line["micro_batch_size"],
+                gradient_accumulation_steps=line["gradient_accumulation_steps"],
+            ),
+            ranks=line["ranks"],
+            lengths=line["lengths"],
+            outcome=kind(**figures),
+            at=line["at"],
+            seconds=line.get("seconds", 0.0),
+        )

@@ -1,0 +1,120 @@
+"""What is asked of a prober and what it answers; standard library only."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from autotune.outcome import Outcome
+from autotune.workload import TrainSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungPlan:
+    """A micro-batch size to try.
+
+    Attributes:
+        memory_rows: dataset rows of the largest micro-batch that training can meet.
+        timed_rows: (padded length, dataset rows) of micro-batches to time, shortest first.
+    """
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    memory_rows: tuple[int, ...]
+    timed_rows: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+PHASES = ("start", "build")
+"""What every rank goes through before its first rung."""
+
+
+def rung_phase(rung: RungPlan) -> str:
+    """Name the phase in which a rung is measured."""
+    return f"micro-batch {rung.micro_batch_size}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRequest:
+    """One structure and the ladder to climb in it."""
+
+    label: str
+    ranks: int
+    spec: TrainSpec
+    ds_config: dict[str, Any]
+    total_steps: int
+    rungs: tuple[RungPlan, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungMeasurement:
+    """What one rank saw, or the worst of all ranks.
+
+    Attributes:
+        accumulate_s: (padded length, seconds of each repetition) of micro-steps without an update.
+        boundary_s: the same of micro-steps with gradient synchronisation and update.
+        peak_bytes: the rung's peak of device memory.
+        seconds: what the rung took to measure.
+    """
+
+    micro_batch_size: int
+    accumulate_s: tuple[tuple[int, tuple[float, ...]], ...]
+    boundary_s: tuple[tuple[int, tuple[float, ...]], ...]
+    peak_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "RungMeasurement":
+        return cls(
+            micro_batch_size=fields["micro_batch_size"],
+            accumulate_s=_timings(fields["accumulate_s"]),
+            boundary_s=_timings(fields["boundary_s"]),
+            peak_bytes=fields["peak_bytes"],
+            seconds=fields["seconds"],
+        )
+
+
+def _timings(entries: list[Any]) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    return tuple((length, tuple(times)) for length, times in entries)
+
+
+def worst_of(measurements: list[RungMeasurement]) -> RungMeasurement:
+    """Merge what the ranks saw of the same rung: the slowest times and the largest memory."""
+    first = measurements[0]
+    return RungMeasurement(
+        micro_batch_size=first.micro_batch_size,
+        accumulate_s=_slowest([measured.accumulate_s for measured in measurements]),
+        boundary_s=_slowest([measured.boundary_s for measured in measurements]),
+        peak_bytes=max(measured.peak_bytes for measured in measurements),
+        seconds=max(measured.seconds for measured in measurements),
+    )
+
+
+def _slowest(
+    ranks: list[tuple[tuple[int, tuple[float, ...]], ...]],
+) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    return tuple(
+        (entries[0][0], tuple(map(max, zip(*(times for _, times in entries), strict=True))))
+        for entries in zip(*ranks, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RungFailure:
+    """The rung that a probe ended on before it was measured."""
+
+    micro_batch_size: int
+    outcome: Outcome
+    seconds: float
+
+
+class Prober(Protocol):
+    """Anything that can try a structure: real processes, recorded answers, a fake."""
+
+    def probe(self, request: ProbeRequest) -> Iterator[RungMeasurement | RungFailure]:
+        """Yield each rung as it is measured; a failure, if there is one, comes last.
+
+        Closing the iterator ends the probe and leaves no process behind.
+        """
+        ...

@@ -1,0 +1,122 @@
+"""What runs in a process of its own before the first probe, as it needs torch: asked for by name."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from autotune import processes
+from autotune.errors import ConfigError, SetupFaultError
+from autotune.hardware import Rates
+from autotune.profile.trace import TraceRequest, trace_model
+from autotune.rundir import read_json, write_json
+from autotune.workload import ModelProfile, Polynomial, Trace
+
+_TAIL_BYTES = 2000
+
+
+def traced(request: TraceRequest, log: Path) -> dict[str, Any]:
+    """Trace a model in a process of its own; returns the profile as JSON.
+
+    Raises:
+        ConfigError: transformers cannot build the model.
+    """
+    answer = _ask(_trace, request, log=log)
+    if "error" in answer:
+        msg = f"the model in {request.model_dir} cannot be traced: {answer['error']}"
+        raise ConfigError(msg)
+    return answer
+
+
+def measured_rates(device_kind: str, precision: str, threads: int, log: Path) -> dict[str, Any]:
+    """Measure the machine in a process of its own; returns the rates as JSON.
+
+    Raises:
+        SetupFaultError: torch cannot use the device.
+    """
+    return _checked(_ask(_measure, device_kind, precision, threads, log=log), "measure the device")
+
+
+def build_ops(device_kind: str, log: Path) -> None:
+    """Build the DeepSpeed ops that every rank loads, once, in a process of its own.
+
+    Raises:
+        SetupFaultError: an op cannot be built.
+    """
+    _checked(_ask(_build_ops, device_kind, log=log), "build DeepSpeed's ops")
+
+
+def _checked(answer: dict[str, Any], what: str) -> dict[str, Any]:
+    if "error" in answer:
+        msg = f"cannot {what}: {answer['error']}"
+        raise SetupFaultError(msg)
+    return answer
+
+
+def _ask(function: Callable[..., None], *args: Any, log: Path) -> dict[str, Any]:  # noqa: ANN401
+    answer_path = log.with_suffix(".json")
+    answer_path.unlink(missing_ok=True)
+    process = processes.start(function, *args, str(answer_path), log=log)
+    try:
+        process.join()
+    finally:
+        processes.end([process])
+    answer = read_json(answer_path)
+    if answer is None:
+        tail = log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
+        return {"error": f"the process ended with exit code {process.exitcode}:\n{tail}"}
+    return dict(answer)
+
+
+def _answer(path: str, make: Callable[[], dict[str, Any]]) -> None:
+    try:
+        answer = make()
+    except Exception as error:  # noqa: BLE001 - the process's one answer, read by its parent
+        logging.getLogger(__name__).exception("no answer")
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    write_json(Path(path), answer)
+
+
+def _trace(request: TraceRequest, path: str) -> None:
+    _answer(path, lambda: asdict(trace_model(request)))
+
+
+def _measure(device_kind: str, precision: str, threads: int, path: str) -> None:
+    from autotune.profile.rates import measure_rates
+
+    _answer(path, lambda: asdict(measure_rates(device_kind, precision, threads)))
+
+
+def _build_ops(device_kind: str, path: str) -> None:
+    def build() -> dict[str, Any]:
+        from deepspeed.accelerator import get_accelerator
+
+        if device_kind == "cpu":
+            get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+        return {}
+
+    _answer(path, build)
+
+
+def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
+    """Read what `traced` returned."""
+    traces = tuple(
+        (
+            mode,
+            Trace(
+                **{
+                    name: Polynomial(**value) if isinstance(value, dict) else value
+                    for name, value in trace.items()
+                }
+            ),
+        )
+        for mode, trace in fields["traces"]
+    )
+    return ModelProfile(**{**fields, "traces": traces})
+
+
+def rates_from_json(fields: dict[str, Any]) -> Rates:
+    """Read what `measured_rates` returned."""
+    return Rates(**fields)

@@ -1,0 +1,213 @@
+"""The run directory: where everything is, and writes that are whole or not there."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotune.errors import CannotWriteError
+from autotune.outcome import Rung
+
+_PRIVATE_FILE, _PRIVATE_DIRECTORY = 0o600, 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The paths of one run."""
+
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def hardware(self) -> Path:
+        return self.root / "hardware.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile.json"
+
+    @property
+    def dataset_profile(self) -> Path:
+        return self.root / "dataset.json"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def probes(self) -> Path:
+        return self.root / "probes.jsonl"
+
+    @property
+    def study(self) -> Path:
+        return self.root / "study.db"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def ds_config(self) -> Path:
+        return self.root / "ds_config.json"
+
+    @property
+    def train_args(self) -> Path:
+        return self.root / "train_args.json"
+
+    @property
+    def launch_script(self) -> Path:
+        return self.root / "launch.sh"
+
+    @property
+    def fallbacks(self) -> Path:
+        return self.root / "fallbacks.json"
+
+    @property
+    def training(self) -> Path:
+        return self.root / "training"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "result.json"
+
+    def create(self) -> None:
+        """Make the directory, the user's alone.
+
+        Raises:
+            CannotWriteError: it cannot be made.
+        """
+        with writing(self.root):
+            self.root.mkdir(mode=_PRIVATE_DIRECTORY, parents=True, exist_ok=True)
+            self.logs.mkdir(mode=_PRIVATE_DIRECTORY, exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory against a second run; the lock ends with the process that holds it.
+
+        Raises:
+            CannotWriteError: another process holds it.
+        """
+        import filelock
+
+        path = self.root / ".lock"
+        holder = self.root / ".lock-holder"
+        lock = filelock.FileLock(path, timeout=0, mode=_PRIVATE_FILE)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            msg = f"{self.root} is in use by {who}: wait for it, or choose another --run-dir"
+            raise CannotWriteError(msg) from None
+        try:
+            write_text(holder, f"process {os.getpid()} on {os.uname().nodename}")
+            yield
+        finally:
+            lock.release()
+
+    def append_rung(self, rung: Rung) -> None:
+        """Add a line to probes.jsonl that is on the disk when this returns."""
+        line = json.dumps(rung.to_json(), sort_keys=True) + "\n"
+        with writing(self.probes):
+            descriptor = os.open(self.probes, os.O_RDWR | os.O_APPEND | os.O_CREAT, _PRIVATE_FILE)
+            with os.fdopen(descriptor, "r+b") as file:
+                _end_torn_line(file.fileno())
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+    def read_rungs(self) -> list[Rung]:
+        """Read probes.jsonl; a line torn by a kill while it was written is left out."""
+        if not self.probes.exists():
+            return []
+        lines = self.probes.read_bytes().splitlines()
+        return [rung for rung in map(_parse_rung, lines) if rung is not None]
+
+
+def _end_torn_line(descriptor: int) -> None:
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+
+
+def _parse_rung(line: bytes) -> Rung | None:
+    try:
+        return Rung.from_json(json.loads(line))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into one sentence.
+
+    Raises:
+        CannotWriteError: something inside could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror or error}"
+        raise CannotWriteError(msg) from error
+
+
+def write_text(path: Path, text: str, mode: int = _PRIVATE_FILE) -> None:
+    """Write a file that is seen whole or not at all, also after a power cut.
+
+    Raises:
+        CannotWriteError: the file cannot be written; what was there before still is.
+    """
+    with writing(path):
+        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(draft).chmod(mode)
+            Path(draft).replace(path)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - JSON
+    """Write a JSON document, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
+    """Read a JSON document; None if it is not there or torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def cached_json(path: Path, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
+    """Return the document at `path`, made and kept there if it is missing or torn."""
+    value = read_json(path)
+    if value is None:
+        value = make()
+        with writing(path):
+            path.parent.mkdir(mode=_PRIVATE_DIRECTORY, parents=True, exist_ok=True)
+        write_json(path, value)
+    return value

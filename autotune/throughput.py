@@ -1,0 +1,149 @@
+"""Time of an optimizer step, from the time of micro-steps and the lengths of real rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autotune.hardware import Cluster, Rates
+from autotune.workload import ModelProfile, Polynomial
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_MAX_STEPS_INTEGRATED = 2000
+"""A dataset of more optimizer steps is represented by its first ones: their order is random."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRate:
+    """What training does on the real lengths, all ranks together."""
+
+    step_time_s: float
+    samples_per_s: float
+    tokens_per_s: float
+
+
+def draw_order(num_rows: int, seed: int) -> Ints:
+    """Return an order as random as the one that training draws the rows in."""
+    return np.random.default_rng(seed).permutation(num_rows)
+
+
+def padded_lengths(lengths: Ints, order: Ints, micro_batch_size: int) -> Ints:
+    """Return the padded length of each micro-batch, the last incomplete one included."""
+    drawn = lengths[order]
+    missing = -len(drawn) % micro_batch_size
+    padded: Ints = np.pad(drawn, (0, missing)).reshape(-1, micro_batch_size).max(axis=1)
+    return padded
+
+
+def integrate(
+    lengths: Ints,
+    order: Ints,
+    *,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    ranks: int,
+    micro_step_s: Callable[[Ints], Floats],
+    boundary_extra_s: float,
+    synchronises_every_micro_step: bool,
+) -> StepRate:
+    """Integrate the time of micro-steps over the batches that training draws.
+
+    Micro-batches go to the ranks in turn. Where every micro-step synchronises (ZeRO 2 and 3), each
+    waits for the slowest rank; elsewhere only the update does.
+
+    Args:
+        lengths: tokens of each row.
+        order: the rows in the order in which they are drawn.
+        micro_batch_size: rows a micro-step and rank.
+        gradient_accumulation_steps: micro-steps an optimizer step.
+        ranks: data-parallel ranks.
+        micro_step_s: seconds of a micro-step without an update, for an array of padded lengths.
+        boundary_extra_s: seconds that the update adds to an optimizer step.
+        synchronises_every_micro_step: whether ranks wait for each other in each micro-step.
+    """
+    rows_a_step = micro_batch_size * gradient_accumulation_steps * ranks
+    whole = np.resize(order, max(rows_a_step, len(order) // rows_a_step * rows_a_step))
+    drawn = whole[: _MAX_STEPS_INTEGRATED * rows_a_step]
+    padded = padded_lengths(lengths, drawn, micro_batch_size)
+    seconds = micro_step_s(padded).reshape(-1, gradient_accumulation_steps, ranks)
+    if synchronises_every_micro_step:
+        steps = seconds.max(axis=2).sum(axis=1)
+    else:
+        steps = seconds.sum(axis=1).max(axis=1)
+    step_time_s = float(steps.mean()) + boundary_extra_s
+    tokens = float(lengths[drawn].sum()) / len(steps)
+    return StepRate(
+        step_time_s=step_time_s,
+        samples_per_s=rows_a_step / step_time_s,
+        tokens_per_s=tokens / step_time_s,
+    )
+
+
+def synchronises_every_micro_step(zero_stage: int, ranks: int) -> bool:
+    """ZeRO 2 reduces gradients in each backward pass, ZeRO 3 gathers weights as well."""
+    return zero_stage >= 2 and ranks > 1  # noqa: PLR2004 - a ZeRO stage
+
+
+def evaluate(polynomial: Polynomial, micro_batch_size: int, lengths: Ints | Floats) -> Floats:
+    """Evaluate m (c0 + c1 s + c2 s^2) for each length s."""
+    values: Floats = micro_batch_size * (
+        polynomial.c0 + polynomial.c1 * lengths + polynomial.c2 * lengths.astype(np.float64) ** 2
+    )
+    return values
+
+
+def predicted_micro_step(
+    profile: ModelProfile, checkpointing: str, rates: Rates, micro_batch_size: int
+) -> Callable[[Ints], Floats]:
+    """Return the predicted seconds of a micro-step as a function of padded lengths.
+
+    The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
+    of them what it takes to start one.
+    """
+    trace = profile.trace(checkpointing)
+    fixed_s = trace.operators * rates.operator_overhead_s
+
+    def micro_step_s(lengths: Ints) -> Floats:
+        flops = evaluate(trace.flops, micro_batch_size, lengths)
+        seconds: Floats = flops / rates.matmul_flops_per_s + fixed_s
+        return seconds
+
+    return micro_step_s
+
+
+def predicted_communication_s(
+    profile: ModelProfile, zero_stage: int, ranks: int, rates: Rates, element_bytes: int
+) -> tuple[float, float]:
+    """Return the seconds of communication (each micro-step, each update) of a rank.
+
+    Bytes a rank sends, by the ring algorithms, of the ZeRO paper (arXiv:1910.02054, section 7): an
+    all-reduce of the gradients twice their size, ZeRO 1 and 2 a reduce-scatter of the gradients and
+    an all-gather of the weights, ZeRO 3 two all-gathers of the weights and a reduce-scatter in each
+    micro-step. DeepSpeed reduces at stage 2 in each micro-step too.
+    """
+    share = (ranks - 1) / ranks
+    gradients_s = share * element_bytes * profile.trainable_parameters / rates.link_bytes_per_s
+    weights_s = share * element_bytes * profile.parameters / rates.link_bytes_per_s
+    match zero_stage:
+        case 0:
+            return 0.0, 2 * gradients_s
+        case 1:
+            return 0.0, gradients_s + weights_s
+        case 2:
+            return gradients_s, weights_s
+        case _:
+            return gradients_s + 2 * weights_s, 0.0
+
+
+def predicted_update_s(
+    profile: ModelProfile, zero_stage: int, cluster: Cluster, rates: Rates
+) -> float:
+    """Return the seconds of the optimizer update: it reads and writes its states once.
+
+    AdamW touches weight, gradient and two moments in fp32 (4 x 4 bytes read, 3 x 4 written).
+    """
+    shard = cluster.num_devices if zero_stage >= 1 else 1
+    return 28 * profile.trainable_parameters / shard / rates.memory_bytes_per_s

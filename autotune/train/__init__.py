@@ -1,0 +1,1 @@
+"""The hand-off: training from the emitted files alone."""

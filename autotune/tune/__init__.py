@@ -1,0 +1,1 @@
+"""Chooses what to probe next, and when enough is known."""

@@ -1,0 +1,179 @@
+"""The search as Optuna sees it: a trial is a structure, its rungs are intermediate values."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from autotune.outcome import Measured, Rung
+from autotune.plan import Plan
+from autotune.setting import Setting, Structure
+from autotune.tune.beliefs import Beliefs, update
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_WORTH_A_PROBE = 0.01
+"""Expected gain over the best, as a share of it, below which no further probe is started."""
+
+
+class Search:
+    """What is known so far and what follows from it; shared by sampler and pruner."""
+
+    def __init__(self, plan: Plan, rungs: Sequence[Rung]) -> None:
+        self.plan = plan
+        self.rungs = list(rungs)
+        self.default = default_setting(plan)
+
+    def learn(self, rung: Rung) -> None:
+        self.rungs.append(rung)
+
+    @property
+    def beliefs(self) -> Beliefs:
+        return update(self.plan, self.rungs)
+
+    def next_structure(self) -> Structure | None:
+        """Return the structure to probe next, or None when no probe is worth it any more.
+
+        The default setting's structure comes first, so that the result can say what was gained.
+        """
+        beliefs = self.beliefs
+        if not any(rung.setting.structure == self.default.structure for rung in self.rungs):
+            return self.default.structure
+        improvement = beliefs.expected_improvement()
+        best = int(np.argmax(improvement))
+        if improvement[best] < _WORTH_A_PROBE:
+            return None
+        return self.plan.space.structures[self.plan.space.structure_index[best]]
+
+    def ladder(self, structure: Structure) -> list[Setting]:
+        """Return the rungs to climb, ascending.
+
+        The default's structure is climbed past what the estimate says can fit: the device's own
+        word on where its wall is corrects the estimate for every other structure.
+        """
+        rows, beliefs = self._rows(structure), self.beliefs
+        worth = beliefs.possible if structure == self.default.structure else beliefs.open_rows
+        return [self.plan.space.setting(int(row)) for row in rows if worth[row]]
+
+    def should_go_on(self, structure: Structure) -> bool:
+        """Whether a rung further up may still win, or shows where the device's wall is."""
+        rows = self._rows(structure)
+        if structure == self.default.structure and not self.plan.fits[rows].all():
+            return True
+        beliefs = self.beliefs
+        return beliefs.chance_to_win(rows[beliefs.open_rows[rows]])
+
+    def best(self) -> Rung | None:
+        """Return the fastest measured rung."""
+        measured = [rung for rung in self.rungs if isinstance(rung.outcome, Measured)]
+        return max(measured, key=_speed, default=None)
+
+    def _rows(self, structure: Structure) -> "NDArray[np.int64]":
+        place = self.plan.space.structures.index(structure)
+        return np.flatnonzero(self.plan.space.structure_index == place)
+
+
+def _speed(rung: Rung) -> float:
+    assert isinstance(rung.outcome, Measured)
+    return rung.outcome.tokens_per_s
+
+
+def default_setting(plan: Plan) -> Setting:
+    """Return what a user would start with: one row a micro-step, no ZeRO, or the smallest kept."""
+    needs = np.where(plan.kept, plan.memory.device_bytes, np.inf)
+    smallest = plan.space.setting(int(np.argmin(needs)))
+    plain = Structure(zero_stage=0).with_micro_batch(
+        1, plan.space.ranks, smallest.micro_batch_size * smallest.gradient_accumulation_steps * plan.space.ranks
+    )
+    row = plan.row_of(plain)
+    return plain if row is not None and plan.kept[row] else smallest
+
+
+class PriorSampler(BaseSampler):
+    """Proposes the structure that the search expects most of."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial  # noqa: ARG002 - Optuna's signature
+    ) -> dict[str, BaseDistribution]:
+        return distributions(self._search.plan)
+
+    def sample_relative(
+        self,
+        study: Study,  # noqa: ARG002 - Optuna's signature
+        trial: FrozenTrial,  # noqa: ARG002 - Optuna's signature
+        search_space: dict[str, BaseDistribution],  # noqa: ARG002 - Optuna's signature
+    ) -> dict[str, Any]:
+        structure = self._search.next_structure()
+        assert structure is not None, "the loop asks only while a probe is worth it"
+        return asdict(structure)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:  # noqa: ANN401 - Optuna's signature
+        msg = f"{param_name} is no knob of the structure"
+        raise NotImplementedError(msg)
+
+
+class CannotWinPruner(BasePruner):
+    """Stops a ladder when no rung further up may win."""
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:  # noqa: ARG002 - Optuna's signature
+        return not self._search.should_go_on(Structure(**trial.params))
+
+
+def distributions(plan: Plan) -> dict[str, BaseDistribution]:
+    """Return a categorical distribution for every knob of a structure."""
+    rows = [asdict(structure) for structure in plan.space.structures]
+    return {
+        knob: CategoricalDistribution(sorted({row[knob] for row in rows})) for knob in rows[0]
+    }
+
+
+def new_study(search: Search) -> Study:
+    """Make a study in memory that holds the outcomes known so far, a trial a structure."""
+    study = optuna.create_study(
+        study_name="autotune",
+        direction="maximize",
+        sampler=PriorSampler(search),
+        pruner=CannotWinPruner(search),
+    )
+    for structure in dict.fromkeys(rung.setting.structure for rung in search.rungs):
+        rungs = [rung for rung in search.rungs if rung.setting.structure == structure]
+        study.add_trial(_as_trial(structure, rungs, distributions(search.plan)))
+    return study
+
+
+def _as_trial(
+    structure: Structure, rungs: Sequence[Rung], knobs: dict[str, BaseDistribution]
+) -> FrozenTrial:
+    speeds = {
+        rung.setting.micro_batch_size: rung.outcome.tokens_per_s
+        for rung in rungs
+        if isinstance(rung.outcome, Measured)
+    }
+    return optuna.trial.create_trial(
+        params=asdict(structure),
+        distributions=knobs,
+        value=max(speeds.values()) if speeds else None,
+        state=TrialState.COMPLETE if speeds else TrialState.FAIL,
+        intermediate_values=speeds,
+        user_attrs={"outcomes": _outcomes(rungs)},
+    )
+
+
+def _outcomes(rungs: Sequence[Rung]) -> dict[str, str]:
+    return {str(rung.setting.micro_batch_size): rung.outcome.kind for rung in rungs}

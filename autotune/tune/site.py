@@ -1,0 +1,120 @@
+"""What the tuner needs to know of job and data to have a ladder probed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from autotune.emit import ds_config, train_spec
+from autotune.hardware import Cluster
+from autotune.outcome import Measured
+from autotune.probe.plan import plan_rung
+from autotune.probe.protocol import ProbeRequest, RungMeasurement
+from autotune.setting import Setting
+from autotune.throughput import (
+    Floats,
+    Ints,
+    draw_order,
+    integrate,
+    synchronises_every_micro_step,
+)
+from autotune.workload import Job, ModelProfile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSite:
+    """A job on a cluster, with the lengths of its rows."""
+
+    job: Job
+    cluster: Cluster
+    profile: ModelProfile
+    lengths_of_rows: Ints
+    dataset_dir: Path
+    scratch_dir: Path
+    total_steps: int
+
+    def request(self, ladder: Sequence[Setting]) -> ProbeRequest:
+        first = ladder[0]
+        spec = train_spec(
+            self.job,
+            first,
+            self.cluster,
+            dataset_dir=str(self.dataset_dir),
+            output_dir=str(self.scratch_dir),
+        )
+        order = draw_order(len(self.lengths_of_rows), self.job.seed)
+        return ProbeRequest(
+            label=first.structure.label(),
+            ranks=self.cluster.num_devices,
+            # A probe steps by itself, so what the Trainer would do between steps is left out.
+            spec=replace(spec, trainer=spec.trainer | {"save_strategy": "no"}),
+            ds_config=ds_config(self.job, first, self.profile, self.cluster),
+            total_steps=self.total_steps,
+            rungs=tuple(
+                plan_rung(
+                    self.lengths_of_rows,
+                    order,
+                    setting.micro_batch_size,
+                    setting.gradient_accumulation_steps,
+                )
+                for setting in ladder
+            ),
+        )
+
+    def lengths(self, setting: Setting) -> dict[str, object]:
+        """Return the lengths that the rung of a setting is tried on."""
+        order = draw_order(len(self.lengths_of_rows), self.job.seed)
+        rung = plan_rung(
+            self.lengths_of_rows,
+            order,
+            setting.micro_batch_size,
+            setting.gradient_accumulation_steps,
+        )
+        return {
+            "longest": int(self.lengths_of_rows.max()),
+            "timed": [length for length, _ in rung.timed_rows],
+        }
+
+    def outcome(self, setting: Setting, measured: RungMeasurement) -> Measured:
+        """Compose the step time of the real length distribution from the rung's micro-steps."""
+        timed = [(length, float(np.median(times))) for length, times in measured.accumulate_s]
+        lengths, seconds = (np.array(column) for column in zip(*timed, strict=True))
+
+        def micro_step_s(padded: Ints) -> Floats:
+            return np.interp(padded, lengths, seconds)
+
+        boundary_extra_s = max(
+            (
+                float(np.median(times)) - float(micro_step_s(np.array([length]))[0])
+                for length, times in measured.boundary_s
+            ),
+            default=0.0,
+        )
+        rate = integrate(
+            self.lengths_of_rows,
+            draw_order(len(self.lengths_of_rows), self.job.seed),
+            micro_batch_size=setting.micro_batch_size,
+            gradient_accumulation_steps=setting.gradient_accumulation_steps,
+            ranks=self.cluster.num_devices,
+            micro_step_s=micro_step_s,
+            boundary_extra_s=max(0.0, boundary_extra_s),
+            synchronises_every_micro_step=synchronises_every_micro_step(
+                setting.structure.zero_stage, self.cluster.num_devices
+            ),
+        )
+        return Measured(
+            step_time_s=rate.step_time_s,
+            samples_per_s=rate.samples_per_s,
+            tokens_per_s=rate.tokens_per_s,
+            accumulate_s=tuple(timed),
+            boundary_extra_s=max(0.0, boundary_extra_s),
+            spread=max(_relative_deviation(times) for _, times in measured.accumulate_s),
+            peak_bytes=measured.peak_bytes,
+        )
+
+
+def _relative_deviation(times: tuple[float, ...]) -> float:
+    """Return the median absolute deviation over the median."""
+    median = float(np.median(times))
+    return float(np.median(np.abs(np.array(times) - median))) / median

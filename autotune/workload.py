@@ -1,0 +1,148 @@
+"""What is to be trained: the job, its data in figures, its model in figures."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+COMPUTE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the user asked for; nothing in here is ever changed silently.
+
+    `model_dir` holds config.json and the tokenizer, and weights unless `from_scratch`.
+    """
+
+    model: str
+    model_dir: str
+    from_scratch: bool
+    trust_remote_code: bool
+    method: str
+    precision: Precision
+    max_seq_length: int
+    global_batch_size: int
+    epochs: float
+    max_steps: int | None
+    learning_rate: float
+    lr_scheduler: str
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an element of the type that the model computes in."""
+        return COMPUTE_BYTES[self.precision]
+
+    def outcome_identity(self) -> dict[str, object]:
+        """Return what a probe's outcome depends on; how long and how fast it learns is not in it."""
+        return {
+            "method": self.method,
+            "precision": self.precision,
+            "max_seq_length": self.max_seq_length,
+            "global_batch_size": self.global_batch_size,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetProfile:
+    """A dataset in figures. Lengths are tokens a row, after truncation to the sequence limit."""
+
+    path: str
+    format: str
+    rows: int
+    rows_used: int
+    rows_truncated: int
+    rows_without_trained_tokens: int
+    tokens: int
+    tokens_lost: int
+    trained_tokens: int
+    min_length: int
+    mean_length: float
+    max_length: int
+    percentiles: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Polynomial:
+    """m * (c0 + c1 s + c2 s^2) for a micro-batch of m rows, each s tokens long.
+
+    Rows of a batch do not interact, so a traced quantity grows linearly in m; attention is what
+    makes it quadratic in s.
+    """
+
+    c0: float
+    c1: float
+    c2: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """One way to run the model's forward and backward pass, traced.
+
+    Attributes:
+        activations_bytes: peak of live bytes besides parameters and their gradients.
+        logits_bytes: the share of that peak which grows with the vocabulary.
+        flops: forward and backward, recomputation included.
+        operators: operators that a forward and backward pass starts.
+    """
+
+    activations_bytes: Polynomial
+    logits_bytes: Polynomial
+    flops: Polynomial
+    operators: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProfile:
+    """A model in figures; `traces` is keyed by the checkpointing mode."""
+
+    architecture: str
+    parameters: int
+    trainable_parameters: int
+    largest_layer_parameters: int
+    largest_parameter: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    attention: str
+    precision: Precision
+    traces: tuple[tuple[str, Trace], ...]
+
+    def trace(self, checkpointing: str) -> Trace:
+        return dict(self.traces)[checkpointing]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec:
+    """What the engine is built from besides the DeepSpeed config: the content of train_args.json.
+
+    Attributes:
+        dataset_dir: memory-mapped rows.
+        trainer: keyword arguments of transformers' TrainingArguments.
+        device_memory_bytes: what a rank may allocate; enforced where the device can.
+    """
+
+    model_dir: str
+    from_scratch: bool
+    trust_remote_code: bool
+    precision: Precision
+    attention: str
+    checkpointing: str
+    dataset_dir: str
+    device_kind: str
+    device_memory_bytes: int
+    threads_per_rank: int
+    seed: int
+    trainer: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": 1, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "TrainSpec":
+        return cls(**{name: value for name, value in fields.items() if name != "schema"})
