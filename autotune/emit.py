@@ -76,7 +76,7 @@ def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
 
 
 def train_spec(
-    job: Job, setting: Setting, cluster: Cluster, *, dataset_dir: str, output_dir: str
+    job: Job, setting: Setting, cluster: Cluster, *, dataset_dir: str, output_dir: str, model_output_dir: str
 ) -> TrainSpec:
     """Return what the trainer gets besides the DeepSpeed config, in agreement with it."""
     return TrainSpec(
@@ -87,6 +87,7 @@ def train_spec(
         attention=setting.structure.attention,
         checkpointing=setting.structure.checkpointing,
         dataset_dir=dataset_dir,
+        model_output_dir=model_output_dir,
         device_kind=cluster.kind,
         device_memory_bytes=cluster.device_memory_bytes,
         threads_per_rank=cluster.threads_per_rank,

@@ -356,7 +356,7 @@ class Run:
             profile=workload.profile,
             lengths_of_rows=workload.lengths,
             dataset_dir=self.dir.dataset,
-            scratch_dir=self.dir.training,
+            scratch_dir=self.dir.logs,
             total_steps=total_steps(workload),
         )
         tuner = Tuner(
@@ -388,9 +388,9 @@ class Run:
 
     def _emit(self, workload: Workload, setting: Setting, tuned: Tuned) -> None:
         job, cluster, profile = workload.job, self.question.cluster, workload.profile
-        spec = train_spec(job, setting, cluster, dataset_dir="dataset", output_dir="training")
+        spec = train_spec(job, setting, cluster, dataset_dir="dataset", output_dir="training", model_output_dir="model")
         write_json(self.dir.ds_config, ds_config(job, setting, profile, cluster))
-        write_json(self.dir.train_args, spec.to_json() | {"model_output_dir": "model"})
+        write_json(self.dir.train_args, spec.to_json())
         environment = rank_environment(cluster.kind, cluster.visible_devices)
         script = launch_script(sys.executable, cluster.num_devices, sorted(environment.items()))
         write_text(self.dir.launch_script, script, mode=0o700)

@@ -169,7 +169,7 @@ def writing(path: Path) -> Iterator[None]:
         raise CannotWriteError(msg) from error
 
 
-def write_text(path: Path, text: str, mode: int = _PRIVATE_FILE) -> None:
+def write_bytes(path: Path, content: bytes, mode: int = _PRIVATE_FILE) -> None:
     """Write a file that is seen whole or not at all, also after a power cut.
 
     Raises:
@@ -178,8 +178,8 @@ def write_text(path: Path, text: str, mode: int = _PRIVATE_FILE) -> None:
     with writing(path):
         descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             Path(draft).chmod(mode)
@@ -187,6 +187,11 @@ def write_text(path: Path, text: str, mode: int = _PRIVATE_FILE) -> None:
         except BaseException:
             Path(draft).unlink(missing_ok=True)
             raise
+
+
+def write_text(path: Path, text: str, mode: int = _PRIVATE_FILE) -> None:
+    """Write a text, whole or not at all."""
+    write_bytes(path, text.encode(), mode)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - JSON

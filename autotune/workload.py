@@ -123,6 +123,7 @@ class TrainSpec:
 
     Attributes:
         dataset_dir: memory-mapped rows.
+        model_output_dir: where the trained model goes.
         trainer: keyword arguments of transformers' TrainingArguments.
         device_memory_bytes: what a rank may allocate; enforced where the device can.
     """
@@ -134,6 +135,7 @@ class TrainSpec:
     attention: str
     checkpointing: str
     dataset_dir: str
+    model_output_dir: str
     device_kind: str
     device_memory_bytes: int
     threads_per_rank: int

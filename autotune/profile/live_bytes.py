@@ -2,7 +2,8 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,26 +12,48 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
+@dataclass(slots=True)
+class _Storage:
+    """A live storage: where it is, how large, and which part of the memory it belongs to."""
+
+    device: str
+    size: int
+    part: str
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensor storages from the operator that makes them until they are freed.
 
     Args:
         known: tensors that are there already and do not count.
+        part_of: names the part of the memory that a new tensor belongs to.
 
     Attributes:
         current: bytes alive now, by device type.
         peak: the most that were alive at once, by device type.
+        parts: what was alive at the latest peak, by device type and part.
         operators: operators that made a storage of their own.
         flops: floating-point operations of the operators, as torch's registry counts them.
+        collectives: bytes that collectives worked on (the larger of input and output), by operator.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(
+        self,
+        known: Iterable[torch.Tensor] = (),
+        part_of: Callable[[torch.Tensor], str] = lambda _: "other",
+    ) -> None:
         super().__init__()
         self.current: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = defaultdict(int)
+        self.parts: dict[str, dict[str, int]] = {}
         self.operators = 0
         self.flops = 0
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self.collectives: dict[str, int] = defaultdict(int)
+        self._part_of = part_of
+        self._current_parts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self._live: weakref.WeakKeyDictionary[torch.UntypedStorage, _Storage]
+        self._live = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(
         self,
@@ -40,6 +63,8 @@ class LiveBytes(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns
         kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            self._count_collective(func, args)
         result = func(*args, **kwargs)
         count_flops = flop_registry.get(func._overloadpacket)  # noqa: SLF001 - the registry's key
         if count_flops is not None:
@@ -49,19 +74,53 @@ class LiveBytes(TorchDispatchMode):
                 self._follow(leaf)
         return result
 
-    def _follow(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        self.operators += 1
-        device, size = tensor.device.type, storage.nbytes()
-        self.current[device] += size
-        self.peak[device] = max(self.peak[device], self.current[device])
-        weakref.finalize(storage, self._release, device, size)
+    def reset_counts(self) -> None:
+        """Start operators, flops and collectives again from nothing."""
+        self.operators = self.flops = 0
+        self.collectives.clear()
 
-    def _release(self, device: str, size: int) -> None:
-        self.current[device] -= size
+    def assign(self, tensors: Iterable[torch.Tensor], part: str) -> None:
+        """Say what part live tensors belong to, now that it is known."""
+        for tensor in tensors:
+            storage = self._live.get(tensor.untyped_storage())
+            if storage is not None:
+                parts = self._current_parts[storage.device]
+                parts[storage.part] -= storage.size
+                parts[part] += storage.size
+                storage.part = part
+
+    def part(self, tensor: torch.Tensor) -> str | None:
+        """Return the part that a live tensor belongs to, None for one that is not followed."""
+        storage = self._live.get(tensor.untyped_storage())
+        return None if storage is None else storage.part
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        untyped = tensor.untyped_storage()
+        if untyped in self._live or untyped in self._known:
+            return
+        self.operators += 1
+        device, size = tensor.device.type, untyped.nbytes()
+        storage = _Storage(device, size, self._part_of(tensor))
+        self._live[untyped] = storage
+        self.current[device] += size
+        self._current_parts[device][storage.part] += size
+        if self.current[device] >= self.peak[device]:
+            self.peak[device] = self.current[device]
+            self.parts[device] = dict(self._current_parts[device])
+        weakref.finalize(untyped, self._release, storage)
+
+    def _release(self, storage: _Storage) -> None:
+        self.current[storage.device] -= storage.size
+        self._current_parts[storage.device][storage.part] -= storage.size
+
+    def _count_collective(self, func: torch._ops.OpOverload[..., Any], args: tuple[Any, ...]) -> None:
+        operands = [_operand_bytes(arg) for arg in args]
+        if any(operands):
+            self.collectives[func._overloadpacket.__name__] += max(operands)  # noqa: SLF001
+
+
+def _operand_bytes(operand: object) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(operand) if isinstance(leaf, torch.Tensor))
 
 
 class FixedScalars(TorchDispatchMode):

@@ -28,10 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ds_config = json.loads(options.ds_config.read_text())
-    fields = json.loads(options.train_args.read_text())
-    spec = TrainSpec.from_json(fields)
+    spec = TrainSpec.from_json(json.loads(options.train_args.read_text()))
     output_dir = options.output_dir or Path(spec.trainer["output_dir"])
-    model_dir = output_dir / "model" if options.output_dir else Path(fields["model_output_dir"])
+    model_dir = output_dir / "model" if options.output_dir else Path(spec.model_output_dir)
     spec.trainer["output_dir"] = str(output_dir)
     train(spec, ds_config, output_dir, model_dir, resume=options.resume)
 

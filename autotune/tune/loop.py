@@ -2,10 +2,12 @@
 
 import contextlib
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Protocol
 
 import optuna
@@ -15,6 +17,7 @@ from autotune.errors import InterruptedRunError, SetupFaultError
 from autotune.outcome import Interrupted, Measured, Outcome, OutOfMemory, Rung
 from autotune.plan import Plan
 from autotune.probe.protocol import Prober, ProbeRequest, RungFailure, RungMeasurement
+from autotune.rundir import write_bytes
 from autotune.setting import Setting, Structure
 from autotune.tune.search import Search, distributions, new_study
 from autotune.units import format_bytes
@@ -211,11 +214,17 @@ def describe_death(outcome: object) -> str:
     return "\n".join(part for part in (reason, evidence) if part)
 
 
-def write_study(study: optuna.Study, path: str) -> None:
-    """Write the study as an SQLite file for Optuna's dashboard."""
-    optuna.copy_study(
-        from_study_name=study.study_name,
-        from_storage=study._storage,  # noqa: SLF001 - copy_study wants the storage
-        to_storage=f"sqlite:///{path}",
-        to_study_name=study.study_name,
-    )
+def write_study(study: optuna.Study, path: Path) -> None:
+    """Write the study as an SQLite file for Optuna's dashboard.
+
+    The file is made on a local disk, as SQLite does not work on network file systems.
+    """
+    with tempfile.TemporaryDirectory(prefix="autotune-study-") as local:
+        draft = Path(local) / path.name
+        optuna.copy_study(
+            from_study_name=study.study_name,
+            from_storage=study._storage,  # noqa: SLF001 - copy_study wants the storage
+            to_storage=f"sqlite:///{draft}",
+            to_study_name=study.study_name,
+        )
+        write_bytes(path, draft.read_bytes())

@@ -145,6 +145,8 @@ def distributions(plan: Plan) -> dict[str, BaseDistribution]:
 
 def new_study(search: Search) -> Study:
     """Make a study in memory that holds the outcomes known so far, a trial a structure."""
+    # What Optuna says on the way, the tuner says better.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name="autotune",
         direction="maximize",

@@ -42,6 +42,7 @@ class JobSite:
             self.cluster,
             dataset_dir=str(self.dataset_dir),
             output_dir=str(self.scratch_dir),
+            model_output_dir=str(self.scratch_dir),
         )
         order = draw_order(len(self.lengths_of_rows), self.job.seed)
         return ProbeRequest(
