@@ -28,11 +28,9 @@ def _whole(value: Any) -> int:  # noqa: ANN401 - YAML or text
 
 
 def _number(value: Any) -> float:  # noqa: ANN401 - YAML or text; YAML reads 1e-4 as text
-    if isinstance(value, bool):
-        msg = f"{value!r} is not a number"
-        raise ValueError(msg)
     try:
-        return float(value)
+        # YAML's true and false are numbers to Python, but not to a user.
+        return float("true" if value is True else "false" if value is False else value)
     except (TypeError, ValueError):
         msg = f"{value!r} is not a number"
         raise ValueError(msg) from None
@@ -63,14 +61,16 @@ def _not_negative(value: Any) -> float:  # noqa: ANN401 - YAML or text
 
 
 def _text(value: Any) -> str:  # noqa: ANN401 - YAML or text
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        msg = f"{value!r} is not a text"
-        raise ValueError(msg)
-    return str(value)
+    match value:
+        case str() | int() if not isinstance(value, bool):
+            return str(value)
+        case _:
+            msg = f"{value!r} is not a text"
+            raise ValueError(msg)
 
 
 def _flag(value: Any) -> bool:  # noqa: ANN401 - YAML or text
-    if not isinstance(value, bool):
+    if value is not True and value is not False:
         msg = f"{value!r} is neither true nor false"
         raise ValueError(msg)
     return value

@@ -19,7 +19,9 @@ _MAX_LIVE_PARAMETERS = 1_000_000_000
 _CHECKPOINTS_A_TRAINING = 4
 
 
-def ds_config(job: Job, setting: Setting, profile: ModelProfile, cluster: Cluster) -> dict[str, Any]:
+def ds_config(
+    job: Job, setting: Setting, profile: ModelProfile, cluster: Cluster
+) -> dict[str, Any]:
     """Return the DeepSpeed config of a setting, every value literal."""
     return {
         "train_batch_size": job.global_batch_size,
@@ -76,7 +78,13 @@ def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
 
 
 def train_spec(
-    job: Job, setting: Setting, cluster: Cluster, *, dataset_dir: str, output_dir: str, model_output_dir: str
+    job: Job,
+    setting: Setting,
+    cluster: Cluster,
+    *,
+    dataset_dir: str,
+    output_dir: str,
+    model_output_dir: str,
 ) -> TrainSpec:
     """Return what the trainer gets besides the DeepSpeed config, in agreement with it."""
     return TrainSpec(
@@ -136,6 +144,7 @@ def launch_script(python: str, num_ranks: int, environment: Sequence[tuple[str, 
 # Starts the tuned training by hand, from the two emitted files alone. What it writes goes to
 # by-hand/ beside this script; give --output-dir to choose another place.
 set -euo pipefail
+umask 077
 cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
 {exports}
 exec {shlex.join(torchrun_command(python, num_ranks))} --output-dir by-hand "$@"

@@ -50,6 +50,6 @@ def rank_environment(device_kind: str, visible_devices: tuple[str, ...]) -> dict
 
 
 def _environment_key() -> str:
-    """Name the interpreter and the versions that a built op fits: two would rebuild each other's."""
+    """Name the interpreter and versions that a built op fits: two would rebuild each other's."""
     facts = repr((sys.executable, sys.version, sorted(versions().items())))
     return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()

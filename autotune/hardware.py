@@ -8,7 +8,7 @@ DeviceKind = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """The machine that holds the devices; memory is what this process may use, not what is built in."""
+    """The machine that holds the devices; memory is what this process may use."""
 
     cpu_name: str
     sockets: int
@@ -44,7 +44,7 @@ class Cluster:
         return self.kind != "cpu"
 
     def identity(self) -> dict[str, object]:
-        """Return the stable facts that make outcomes comparable (never memory free at the moment)."""
+        """Return the stable facts that make outcomes comparable, so never memory free just now."""
         return {
             "kind": self.kind,
             "device_name": self.device_name,

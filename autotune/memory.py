@@ -92,7 +92,7 @@ def estimate_memory(
     }
     return MemoryEstimate(
         **allocated,
-        runtime_bytes=_runtime(cluster, sum(allocated.values())),
+        runtime_bytes=_runtime(cluster, np.sum(list(allocated.values()), axis=0)),
         host_bytes=np.where(offloaded, optimizer, 0.0),
     )
 
@@ -107,12 +107,12 @@ def _sharded(space: Space, from_stage: int) -> Floats:
 
 
 def _weights(space: Space, profile: ModelProfile, job: Job) -> Floats:
-    """b Psi, a shard of it at stage 3 (ZeRO section 5.3)."""
+    """Return b Psi, a shard of it at stage 3 (ZeRO section 5.3)."""
     return job.compute_bytes * profile.parameters / _sharded(space, 3)
 
 
 def _gradients(space: Space, profile: ModelProfile, job: Job) -> Floats:
-    """b Psi_t, a shard of it from stage 2 on (ZeRO section 5.2)."""
+    """Return b Psi_t, a shard of it from stage 2 on (ZeRO section 5.2)."""
     return job.compute_bytes * profile.trainable_parameters / _sharded(space, 2)
 
 

@@ -18,9 +18,10 @@ class Measured:
         step_time_s: seconds an optimizer step of the whole global batch takes on the dataset's
             real lengths, composed from the measured micro-steps.
         tokens_per_s: tokens that are not padding, all ranks together.
-        accumulate_s: (padded length, median seconds) of micro-steps without an update; slowest rank.
+        accumulate_s: (padded length, median seconds) of micro-steps without an update, of the
+            slowest rank.
         boundary_extra_s: what gradient synchronisation and the update add to the last micro-step.
-        spread: median absolute deviation of the repeated micro-steps over their median, the largest.
+        spread: median absolute deviation of repeated micro-steps over their median, the largest.
         peak_bytes: the highest device memory of the worst rank, its process baseline subtracted.
     """
 

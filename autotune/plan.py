@@ -1,6 +1,7 @@
 """Estimates every setting and keeps those that can fit; what is rejected says by which rule."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,9 @@ class Plan:
     def kept(self) -> NDArray[np.bool_]:
         """Whether a setting may fit, the estimate's tolerance granted."""
         granted = 1 + _MEMORY_TOLERANCE
-        kept: NDArray[np.bool_] = (
-            self.memory.device_bytes <= granted * self.budget_bytes
-        ) & (self.memory.host_bytes * self.space.ranks <= granted * self.host_budget_bytes)
+        kept: NDArray[np.bool_] = (self.memory.device_bytes <= granted * self.budget_bytes) & (
+            self.memory.host_bytes * self.space.ranks <= granted * self.host_budget_bytes
+        )
         return kept
 
     def ranking(self) -> Ints:
@@ -110,7 +111,7 @@ class Plan:
         }
 
     def listed(self, *, everything: bool = False) -> list[dict[str, Any]]:
-        """Return the kept settings, best first, and the rejected ones that are nearest to fitting."""
+        """Return the kept settings, best first, and the rejected ones nearest to fitting."""
         ranking = self.ranking()
         kept = int(self.kept.sum())
         last = len(ranking) if everything else kept + _NEAREST_REJECTED
@@ -139,10 +140,8 @@ def make_plan(
     """Estimate memory and time of every setting of the space, on rows of these lengths."""
     memory = estimate_memory(space, profile, job, cluster, int(lengths.max()))
     order = draw_order(len(lengths), job.seed)
-    steps = [
-        _predict(space.setting(row), profile, job, cluster, rates, lengths, order)
-        for row in range(len(space))
-    ]
+    predict = partial(_predict, profile, job, cluster, rates, lengths, order)
+    steps = [predict(setting=space.setting(row)) for row in range(len(space))]
     return Plan(
         space=space,
         memory=memory,
@@ -154,14 +153,15 @@ def make_plan(
     )
 
 
-def _predict(  # noqa: PLR0913 - the facts that a step's time depends on
-    setting: Setting,
+def _predict(
     profile: ModelProfile,
     job: Job,
     cluster: Cluster,
     rates: Rates,
     lengths: Ints,
     order: Ints,
+    *,
+    setting: Setting,
 ) -> StepRate:
     stage, ranks = setting.structure.zero_stage, cluster.num_devices
     each_micro_step_s, each_update_s = predicted_communication_s(

@@ -23,6 +23,7 @@ _PRELOADED = ("autotune.engine.preload",)
 _TERMINATE_GRACE_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
+
 def start_server(environment: Mapping[str, str]) -> None:
     """Start the server in the background; later processes wait until it has imported everything.
 

@@ -1,4 +1,4 @@
-"""A structure is what takes a new process to change; a setting is a structure with a micro-batch."""
+"""A structure is what takes a new process to change; a setting adds the micro-batch size."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -32,7 +32,9 @@ class Structure:
         parts.append(f"checkpointing-{self.checkpointing}")
         return "-".join(parts)
 
-    def with_micro_batch(self, micro_batch_size: int, ranks: int, global_batch_size: int) -> "Setting":
+    def with_micro_batch(
+        self, micro_batch_size: int, ranks: int, global_batch_size: int
+    ) -> "Setting":
         """Return the setting whose accumulation keeps the global batch exactly."""
         accumulation, rest = divmod(global_batch_size, micro_batch_size * ranks)
         assert rest == 0, "micro-batch sizes are divisors of the global batch a rank"

@@ -37,15 +37,6 @@ class Job:
         """Bytes of an element of the type that the model computes in."""
         return COMPUTE_BYTES[self.precision]
 
-    def outcome_identity(self) -> dict[str, object]:
-        """Return what a probe's outcome depends on; how long and how fast it learns is not in it."""
-        return {
-            "method": self.method,
-            "precision": self.precision,
-            "max_seq_length": self.max_seq_length,
-            "global_batch_size": self.global_batch_size,
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetProfile:

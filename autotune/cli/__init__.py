@@ -5,6 +5,7 @@ Each command is a module that is imported when the command runs, so that `--help
 
 import importlib
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -50,6 +51,8 @@ def main() -> None:
     """Run the command line and exit with the code of what happened."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     logging.getLogger("autotune").setLevel(logging.INFO)
+    # What a run writes is the user's alone.
+    os.umask(0o077)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     sys.exit(_run())

@@ -10,7 +10,7 @@ from autotune.cli.options import as_json, config_file, echo_json, resolve_option
 from autotune.cli.summary import plan_text
 
 if TYPE_CHECKING:
-    from autotune.pipeline import Question
+    from autotune.intake import Question
 
 
 @click.command(name="plan")
@@ -33,9 +33,9 @@ def command(
     **flags: Any,  # noqa: ANN401
 ) -> None:
     """Show which settings fit and how fast they may be, without probing."""
-    from autotune import pipeline
+    from autotune import intake
 
-    question = pipeline.ask(resolve_options(flags, config))
+    question = intake.ask(resolve_options(flags, config))
     show_plan(question, as_json=as_json, everything=everything, seq_length=seq_length)
 
 
@@ -43,17 +43,18 @@ def show_plan(
     question: "Question", *, as_json: bool, everything: bool, seq_length: int | None
 ) -> None:
     """Estimate every setting and print them."""
-    from autotune import pipeline
+    from autotune import intake
+    from autotune.documents import plan_document
 
-    pipeline.start_processes(question.cluster)
+    intake.start_processes(question.cluster)
     with tempfile.TemporaryDirectory(prefix="autotune-plan-") as scratch:
-        workload = pipeline.look_into(
+        workload = intake.look_into(
             question,
             dataset_dir=Path(scratch) / "dataset",
             logs=Path(scratch),
             seq_length=seq_length,
         )
-    document = pipeline.plan_document(workload, everything=everything)
+    document = plan_document(workload, everything=everything)
     if as_json:
         echo_json(document)
     else:

@@ -36,12 +36,12 @@ def execute(
     with_training: bool,
 ) -> None:
     """Run the stages and print the result."""
-    from autotune import pipeline
+    from autotune import intake, pipeline
     from autotune.cli.plan import show_plan
 
     options = resolve_options(flags, config)
     require_dataset(options)
-    question = pipeline.ask(options)
+    question = intake.ask(options)
     run = pipeline.Run(question, pipeline.choose_run_dir(question))
     if (done := run.finished(with_training=with_training)) is not None:
         click.echo(f"{run.dir.root} is finished; this is its result", err=True)
@@ -64,5 +64,3 @@ def execute(
         echo_json(result)
     else:
         click.echo(result_text(result))
-
-

@@ -51,42 +51,28 @@ def _nearest(rejected: list[dict[str, Any]]) -> str:
 
 def result_text(result: dict[str, Any]) -> str:
     """Lay out result.json."""
-    memory, default = result["memory"], result["default"]
-    rows = [
-        ("setting", Setting.from_json(result["setting"]).label()),
-        (
-            "speed",
-            f"{result['tokens_per_s']:.0f} tokens/s, {result['samples_per_s']:.2f} samples/s",
-        ),
-        ("gain", _gain(result["gain_over_default"], default)),
-        (
-            "memory a rank",
-            f"{format_bytes(memory['measured_bytes'])} measured, "
-            f"{format_bytes(memory['predicted_bytes'])} predicted, "
-            f"of {format_bytes(memory['budget_bytes'])}",
-        ),
-        (
-            "tuning",
-            f"{format_duration(result['tuning_seconds'])}, {result['probes']} structures, "
-            f"{result['rungs']} rungs, until {result['stopped_by']}",
-        ),
-    ]
+    memory = result["memory"]
+    rows = {
+        "setting": Setting.from_json(result["setting"]).label(),
+        "speed": f"{result['tokens_per_s']:.0f} tokens/s, {result['samples_per_s']:.2f} samples/s",
+        "gain": _gain(result["gain_over_default"], result["default"]),
+        "memory a rank": f"{format_bytes(memory['measured_bytes'])} measured, "
+        f"{format_bytes(memory['predicted_bytes'])} predicted, "
+        f"of {format_bytes(memory['budget_bytes'])}",
+        "tuning": f"{format_duration(result['tuning_seconds'])}, {result['probes']} structures, "
+        f"{result['rungs']} rungs, until {result['stopped_by']}",
+    }
     if "training" in result:
         training = result["training"]
-        rows += [
-            (
-                "training",
-                f"{format_duration(result['training_seconds'])}, {training['steps']} steps, "
-                f"loss {training['loss_start']:.3f} to {training['loss_end']:.3f}",
-            ),
-            ("model", result["model_dir"]),
-        ]
-    rows += [
-        ("DeepSpeed config", f"{result['run_dir']}/ds_config.json"),
-        ("by hand", f"bash {result['run_dir']}/launch.sh"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+        rows["training"] = (
+            f"{format_duration(result['training_seconds'])}, {training['steps']} steps, "
+            f"loss {training['loss_start']:.3f} to {training['loss_end']:.3f}"
+        )
+        rows["model"] = result["model_dir"]
+    rows["DeepSpeed config"] = f"{result['run_dir']}/ds_config.json"
+    rows["by hand"] = f"bash {result['run_dir']}/launch.sh"
+    width = max(map(len, rows))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())
 
 
 def _gain(gain: float | None, default: dict[str, Any]) -> str:

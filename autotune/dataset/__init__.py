@@ -27,7 +27,7 @@ _PERCENTILES = (5, 25, 50, 75, 90, 95, 99)
 _log = logging.getLogger(__name__)
 
 
-def prepare(  # noqa: PLR0913 - each is a decision of the caller, by name
+def prepare(
     path: Path,
     *,
     model_dir: Path,

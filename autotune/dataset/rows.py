@@ -163,7 +163,7 @@ class RowsWriter:
         return offsets[1:] - offsets[:-1]
 
     def append(self, input_ids: NDArray[np.int32], trained: NDArray[np.bool_]) -> None:
-        assert len(input_ids) == len(trained)  # noqa: S101 - a bug of ours
+        assert len(input_ids) == len(trained)
         with _writing(self._directory):
             self._ids.append(input_ids)
             self._trained.append(trained)

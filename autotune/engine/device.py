@@ -1,4 +1,4 @@
-"""What differs between kinds of device: memory readings, memory caps, waiting for work to finish."""
+"""What differs between kinds of device: memory readings, memory caps, waiting for work."""
 
 import re
 import resource
@@ -67,7 +67,9 @@ class MemoryCap:
     def enforce(self) -> None:
         if self._device_kind == "cpu":
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            limit = self._data_limit if hard == resource.RLIM_INFINITY else min(self._data_limit, hard)
+            limit = (
+                self._data_limit if hard == resource.RLIM_INFINITY else min(self._data_limit, hard)
+            )
             resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
         else:
             _cap_allocator(self._num_bytes)
@@ -97,7 +99,7 @@ def enter_rank(device_kind: str, memory_bytes: int, threads: int) -> tuple[Memor
     torch.set_num_threads(threads)
     deepspeed.init_distributed()
     # Threads that the first backward and the first collective start belong to the baseline.
-    torch.ones(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+    torch.ones(1, requires_grad=True).sum().backward()
     torch.distributed.barrier()
     meter = ResidentSetMeter() if device_kind == "cpu" else AllocatorMeter()
     cap = MemoryCap(device_kind, memory_bytes)
@@ -126,5 +128,3 @@ def _status_bytes(field: str) -> int:
     match = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
     assert match is not None, f"{_STATUS} has no {field}"
     return int(match[1]) * 1024
-
-

@@ -37,7 +37,8 @@ class TunedTrainer(Trainer):
         """
         self.accelerator.gradient_state._set_sync_gradients(boundary)  # noqa: SLF001 - as Trainer
         count = torch.tensor(trained_tokens, device=self.args.device)
-        return self.training_step(self.model_wrapped, batch, count)
+        loss: torch.Tensor = self.training_step(self.model_wrapped, batch, count)
+        return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401 - Trainer's signature
         with self.memory_cap.lifted() if self.memory_cap else nullcontext():

@@ -64,17 +64,15 @@ def classify(evidence: Evidence) -> Outcome:
 
 
 def _classify_exit(evidence: Evidence) -> Outcome:
-    killed = next(
-        ((rank, code) for rank, code in enumerate(evidence.exit_codes) if code and code < 0), None
-    )
-    if killed is not None:
-        rank, code = killed
-        return Crashed(
-            reason=f"rank {rank} was ended by {signal.Signals(-code).name} in phase {evidence.phase}",
-            evidence=evidence.log_tail,
-        )
-    code = next((code for code in evidence.exit_codes if code is not None), None)
-    return Unknown(exit_code=code, evidence=evidence.log_tail)
+    for rank, code in enumerate(evidence.exit_codes):
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            return Crashed(
+                reason=f"rank {rank} was ended by {name} in phase {evidence.phase}",
+                evidence=evidence.log_tail,
+            )
+    ended = [code for code in evidence.exit_codes if code is not None]
+    return Unknown(exit_code=ended[0] if ended else None, evidence=evidence.log_tail)
 
 
 def is_out_of_memory(death: Death) -> bool:

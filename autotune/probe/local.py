@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class LocalProber:
         self._log_dir = log_dir
         self._idle_limit_s = idle_limit_s
 
-    def probe(self, request: ProbeRequest) -> Iterator[RungMeasurement | RungFailure]:
+    def probe(self, request: ProbeRequest) -> Generator[RungMeasurement | RungFailure]:
         logs = self._new_log_dir(request.label)
         with tempfile.TemporaryDirectory(prefix="autotune-probe-") as scratch:
             running = _RunningProbe(request, Path(scratch), logs)
@@ -164,7 +164,7 @@ class _RunningProbe:
         )
 
     def _tail(self, exit_codes: tuple[int | None, ...]) -> str:
-        """Return the end of the log of the rank to blame: the first with an exception or exit code."""
+        """Return the end of the log of the rank to blame: the first that died."""
         blamed = self._deaths[0].rank if self._deaths else 0
         if not self._deaths:
             blamed = next((rank for rank, code in enumerate(exit_codes) if code), 0)

@@ -42,7 +42,7 @@ def _existing(lengths: Lengths, targets: list[int]) -> list[int]:
 def _rows_up_to(
     lengths: Lengths, by_length: Lengths, target: int, micro_batch_size: int
 ) -> tuple[int, ...]:
-    """Return the rows of a micro-batch padded to `target`: the longest rows that do not exceed it."""
+    """Return the longest rows that a micro-batch padded to `target` can have."""
     end = int(np.searchsorted(lengths[by_length], target, side="right"))
     rows = by_length[max(0, end - micro_batch_size) : end][::-1]
     # A dataset smaller than the micro-batch repeats its rows.

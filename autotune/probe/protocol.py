@@ -1,6 +1,6 @@
 """What is asked of a prober and what it answers; standard library only."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -112,7 +112,7 @@ class RungFailure:
 class Prober(Protocol):
     """Anything that can try a structure: real processes, recorded answers, a fake."""
 
-    def probe(self, request: ProbeRequest) -> Iterator[RungMeasurement | RungFailure]:
+    def probe(self, request: ProbeRequest) -> Generator[RungMeasurement | RungFailure]:
         """Yield each rung as it is measured; a failure, if there is one, comes last.
 
         Closing the iterator ends the probe and leaves no process behind.

@@ -64,13 +64,14 @@ def _climb(request: ProbeRequest, rank: int, store: str, answer: Answer) -> None
 def _join_process_group(request: ProbeRequest, rank: int, store: str) -> None:
     import torch
     from deepspeed.accelerator import get_accelerator
+    from torch.distributed import FileStore  # type: ignore[attr-defined] # public, not in __all__
 
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(rank)
     torch.distributed.init_process_group(
         accelerator.communication_backend_name(),
-        store=torch.distributed.FileStore(store, request.ranks),
+        store=FileStore(store, request.ranks),
         rank=rank,
         world_size=request.ranks,
         timeout=_COLLECTIVE_TIMEOUT,

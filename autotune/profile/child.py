@@ -1,6 +1,5 @@
-"""What runs in a process of its own before the first probe, as it needs torch: asked for by name."""
+"""What needs torch before the first probe, asked of a process of its own."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
@@ -73,7 +72,7 @@ def _ask(function: Callable[..., None], *args: Any, log: Path) -> dict[str, Any]
 def _answer(path: str, make: Callable[[], dict[str, Any]]) -> None:
     try:
         answer = make()
-    except Exception as error:  # noqa: BLE001 - the process's one answer, read by its parent
+    except Exception as error:
         logging.getLogger(__name__).exception("no answer")
         answer = {"error": f"{type(error).__name__}: {error}"}
     write_json(Path(path), answer)
@@ -102,19 +101,17 @@ def _build_ops(device_kind: str, path: str) -> None:
 
 def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
     """Read what `traced` returned."""
-    traces = tuple(
-        (
-            mode,
-            Trace(
-                **{
-                    name: Polynomial(**value) if isinstance(value, dict) else value
-                    for name, value in trace.items()
-                }
-            ),
-        )
-        for mode, trace in fields["traces"]
-    )
+    traces = tuple((mode, _trace_from_json(trace)) for mode, trace in fields["traces"])
     return ModelProfile(**{**fields, "traces": traces})
+
+
+def _trace_from_json(fields: dict[str, Any]) -> Trace:
+    return Trace(
+        activations_bytes=Polynomial(**fields["activations_bytes"]),
+        logits_bytes=Polynomial(**fields["logits_bytes"]),
+        flops=Polynomial(**fields["flops"]),
+        operators=fields["operators"],
+    )
 
 
 def rates_from_json(fields: dict[str, Any]) -> Rates:

@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autotune.errors import AutotuneError
 from autotune.profile.live_bytes import FixedScalars
-
-
-class VirtualRunUnavailableError(AutotuneError):
-    """The engine cannot be run over fake tensors here; estimates go on with arithmetic."""
-
+from autotune.profile.virtual import VirtualRunUnavailableError
 
 _CONVERSIONS = ("to", "float", "half", "bfloat16")
 _ZERO = "deepspeed.runtime.zero"
@@ -124,7 +119,7 @@ class _CpuWithoutIndex(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload[..., Any],
-        types: Sequence[type],  # noqa: ARG002 - torch's signature
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns
@@ -144,7 +139,7 @@ class LibraryScratch(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload[..., Any],
-        types: Sequence[type],  # noqa: ARG002 - torch's signature
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns
@@ -162,5 +157,5 @@ def _reduce_scatter_scratch(args: tuple[Any, ...]) -> torch.Tensor:
 
 
 _SCRATCH: Mapping[Any, Callable[[tuple[Any, ...]], torch.Tensor]] = {
-    torch.ops.c10d._reduce_scatter_base_.default: _reduce_scatter_scratch,  # noqa: SLF001
+    torch.ops.c10d._reduce_scatter_base_.default: _reduce_scatter_scratch,
 }

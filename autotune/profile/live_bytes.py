@@ -2,8 +2,9 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,35 +22,42 @@ class _Storage:
     part: str
 
 
+class Parts:
+    """Says which part of the memory a storage belongs to; this one tells nothing apart."""
+
+    def of_new(self, tensor: torch.Tensor) -> str:  # noqa: ARG002 - for those that look at it
+        return "other"
+
+    def of_operand(self, part: str) -> str:
+        """Return what a collective's operand belongs to that was put to `part` when it was made."""
+        return part
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensor storages from the operator that makes them until they are freed.
 
     Args:
         known: tensors that are there already and do not count.
-        part_of: names the part of the memory that a new tensor belongs to.
+        parts: tells apart what the bytes belong to.
 
     Attributes:
         current: bytes alive now, by device type.
         peak: the most that were alive at once, by device type.
-        parts: what was alive at the latest peak, by device type and part.
+        peak_parts: what was alive at the latest peak, by device type and part.
         operators: operators that made a storage of their own.
         flops: floating-point operations of the operators, as torch's registry counts them.
         collectives: bytes that collectives worked on (the larger of input and output), by operator.
     """
 
-    def __init__(
-        self,
-        known: Iterable[torch.Tensor] = (),
-        part_of: Callable[[torch.Tensor], str] = lambda _: "other",
-    ) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = (), parts: Parts | None = None) -> None:
         super().__init__()
         self.current: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = defaultdict(int)
-        self.parts: dict[str, dict[str, int]] = {}
+        self.peak_parts: dict[str, dict[str, int]] = {}
         self.operators = 0
         self.flops = 0
         self.collectives: dict[str, int] = defaultdict(int)
-        self._part_of = part_of
+        self._parts = parts or Parts()
         self._current_parts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         self._live: weakref.WeakKeyDictionary[torch.UntypedStorage, _Storage]
@@ -58,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload[..., Any],
-        types: Sequence[type],  # noqa: ARG002 - torch's signature
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns
@@ -69,9 +77,8 @@ class LiveBytes(TorchDispatchMode):
         count_flops = flop_registry.get(func._overloadpacket)  # noqa: SLF001 - the registry's key
         if count_flops is not None:
             self.flops += count_flops(*args, **kwargs, out_val=result)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._follow(leaf)
+        for tensor in _tensors(result):
+            self._follow(tensor)
         return result
 
     def reset_counts(self) -> None:
@@ -81,18 +88,8 @@ class LiveBytes(TorchDispatchMode):
 
     def assign(self, tensors: Iterable[torch.Tensor], part: str) -> None:
         """Say what part live tensors belong to, now that it is known."""
-        for tensor in tensors:
-            storage = self._live.get(tensor.untyped_storage())
-            if storage is not None:
-                parts = self._current_parts[storage.device]
-                parts[storage.part] -= storage.size
-                parts[part] += storage.size
-                storage.part = part
-
-    def part(self, tensor: torch.Tensor) -> str | None:
-        """Return the part that a live tensor belongs to, None for one that is not followed."""
-        storage = self._live.get(tensor.untyped_storage())
-        return None if storage is None else storage.part
+        for storage in self._storages(tensors):
+            self._move(storage, part)
 
     def _follow(self, tensor: torch.Tensor) -> None:
         untyped = tensor.untyped_storage()
@@ -100,27 +97,44 @@ class LiveBytes(TorchDispatchMode):
             return
         self.operators += 1
         device, size = tensor.device.type, untyped.nbytes()
-        storage = _Storage(device, size, self._part_of(tensor))
+        storage = _Storage(device, size, self._parts.of_new(tensor))
         self._live[untyped] = storage
         self.current[device] += size
         self._current_parts[device][storage.part] += size
         if self.current[device] >= self.peak[device]:
             self.peak[device] = self.current[device]
-            self.parts[device] = dict(self._current_parts[device])
+            self.peak_parts[device] = dict(self._current_parts[device])
         weakref.finalize(untyped, self._release, storage)
 
     def _release(self, storage: _Storage) -> None:
         self.current[storage.device] -= storage.size
         self._current_parts[storage.device][storage.part] -= storage.size
 
-    def _count_collective(self, func: torch._ops.OpOverload[..., Any], args: tuple[Any, ...]) -> None:
-        operands = [_operand_bytes(arg) for arg in args]
-        if any(operands):
-            self.collectives[func._overloadpacket.__name__] += max(operands)  # noqa: SLF001
+    def _storages(self, tensors: Iterable[torch.Tensor]) -> Iterator[_Storage]:
+        for tensor in tensors:
+            storage = self._live.get(tensor.untyped_storage())
+            if storage is not None:
+                yield storage
+
+    def _move(self, storage: _Storage, part: str) -> None:
+        parts = self._current_parts[storage.device]
+        parts[storage.part] -= storage.size
+        parts[part] += storage.size
+        storage.part = part
+
+    def _count_collective(
+        self, func: torch._ops.OpOverload[..., Any], args: tuple[Any, ...]
+    ) -> None:
+        operands = [_tensors(arg) for arg in args]
+        self.collectives[func._overloadpacket.__name__] += max(  # noqa: SLF001 - its name
+            sum(tensor.nbytes for tensor in operand) for operand in operands
+        )
+        for storage in self._storages(chain.from_iterable(operands)):
+            self._move(storage, self._parts.of_operand(storage.part))
 
 
-def _operand_bytes(operand: object) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves(operand) if isinstance(leaf, torch.Tensor))
+def _tensors(value: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 class FixedScalars(TorchDispatchMode):
@@ -132,7 +146,7 @@ class FixedScalars(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload[..., Any],
-        types: Sequence[type],  # noqa: ARG002 - torch's signature
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns

@@ -72,7 +72,7 @@ def _save_tokenizer(spec: TrainSpec, model_dir: Path) -> None:
 
 
 class MetricsLog(TrainerCallback):
-    """Writes a line a step to metrics.jsonl; steps done again after a resume replace their lines."""
+    """Writes a line a step to metrics.jsonl; a step done again after a resume replaces its line."""
 
     def __init__(self, output_dir: Path, meter: MemoryMeter, rows: Rows) -> None:
         self._path = output_dir / "metrics.jsonl"

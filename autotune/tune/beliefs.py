@@ -6,7 +6,7 @@ regression, Bishop, Pattern Recognition and Machine Learning, section 3.3).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +74,9 @@ class Beliefs:
 
 def update(plan: Plan, rungs: Sequence[Rung]) -> Beliefs:
     """Return what is believed after these outcomes."""
-    known = {rung.setting: rung.outcome for rung in rungs if not isinstance(rung.outcome, Interrupted)}
+    known = {
+        rung.setting: rung.outcome for rung in rungs if not isinstance(rung.outcome, Interrupted)
+    }
     rows = {plan.row_of(setting): outcome for setting, outcome in known.items()}
     tried = {row: outcome for row, outcome in rows.items() if row is not None}
     measured = {row: out for row, out in tried.items() if isinstance(out, Measured)}
@@ -119,7 +121,7 @@ def _features(plan: Plan) -> tuple[Floats, Floats]:
     return np.stack(columns, axis=1), np.array(prior_sd)
 
 
-def _possible(plan: Plan, tried: dict[int, Outcome]) -> Bools:
+def _possible(plan: Plan, tried: Mapping[int, Outcome]) -> Bools:
     possible = np.ones(len(plan.space), dtype=bool)
     terms = np.stack([getattr(plan.memory, name) for name in PARTS])
     for row, outcome in tried.items():

@@ -100,7 +100,9 @@ class Tuner:
     def _probe(self, trial: Trial) -> None:
         structure = Structure(**trial.params)
         ladder = self.search.ladder(structure)
-        _log.info("probing %s at micro-batch %s", structure.label(), [s.micro_batch_size for s in ladder])
+        _log.info(
+            "probing %s at micro-batch %s", structure.label(), [s.micro_batch_size for s in ladder]
+        )
         try:
             for rung in self._climb(ladder):
                 self._learn(rung)

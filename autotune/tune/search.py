@@ -51,7 +51,7 @@ class Search:
         best = int(np.argmax(improvement))
         if improvement[best] < _WORTH_A_PROBE:
             return None
-        return self.plan.space.structures[self.plan.space.structure_index[best]]
+        return self.plan.space.setting(best).structure
 
     def ladder(self, structure: Structure) -> list[Setting]:
         """Return the rungs to climb, ascending.
@@ -91,7 +91,9 @@ def default_setting(plan: Plan) -> Setting:
     needs = np.where(plan.kept, plan.memory.device_bytes, np.inf)
     smallest = plan.space.setting(int(np.argmin(needs)))
     plain = Structure(zero_stage=0).with_micro_batch(
-        1, plan.space.ranks, smallest.micro_batch_size * smallest.gradient_accumulation_steps * plan.space.ranks
+        1,
+        plan.space.ranks,
+        smallest.micro_batch_size * smallest.gradient_accumulation_steps * plan.space.ranks,
     )
     row = plan.row_of(plain)
     return plain if row is not None and plan.kept[row] else smallest
@@ -104,7 +106,9 @@ class PriorSampler(BaseSampler):
         self._search = search
 
     def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial  # noqa: ARG002 - Optuna's signature
+        self,
+        study: Study,  # noqa: ARG002 - Optuna's signature
+        trial: FrozenTrial,  # noqa: ARG002 - Optuna's signature
     ) -> dict[str, BaseDistribution]:
         return distributions(self._search.plan)
 
@@ -119,7 +123,11 @@ class PriorSampler(BaseSampler):
         return asdict(structure)
 
     def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:  # noqa: ANN401 - Optuna's signature
         msg = f"{param_name} is no knob of the structure"
         raise NotImplementedError(msg)
@@ -138,9 +146,7 @@ class CannotWinPruner(BasePruner):
 def distributions(plan: Plan) -> dict[str, BaseDistribution]:
     """Return a categorical distribution for every knob of a structure."""
     rows = [asdict(structure) for structure in plan.space.structures]
-    return {
-        knob: CategoricalDistribution(sorted({row[knob] for row in rows})) for knob in rows[0]
-    }
+    return {knob: CategoricalDistribution(sorted({row[knob] for row in rows})) for knob in rows[0]}
 
 
 def new_study(search: Search) -> Study:

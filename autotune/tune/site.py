@@ -83,7 +83,8 @@ class JobSite:
         lengths, seconds = (np.array(column) for column in zip(*timed, strict=True))
 
         def micro_step_s(padded: Ints) -> Floats:
-            return np.interp(padded, lengths, seconds)
+            interpolated: Floats = np.interp(padded, lengths, seconds)
+            return interpolated
 
         boundary_extra_s = max(
             (

@@ -1,0 +1,245 @@
+"""Takes in what is asked: finds model, data and devices, and puts them into figures."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autotune import __version__, processes
+from autotune.config import Options
+from autotune.dataset import Rows, content_hash, prepare
+from autotune.detect import detect
+from autotune.environment import cache_dir, rank_environment, versions
+from autotune.errors import UsageError
+from autotune.hardware import Cluster, Rates
+from autotune.model_source import ModelSource, find_model
+from autotune.plan import Plan, make_plan
+from autotune.rundir import cached_json
+from autotune.space import enumerate_space
+from autotune.throughput import Ints
+from autotune.units import format_count
+from autotune.workload import DatasetProfile, Job, ModelProfile
+
+_log = logging.getLogger(__name__)
+
+_BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked for, where it would run, and the name of the answer."""
+
+    options: Options
+    cluster: Cluster
+    source: ModelSource
+    dataset: Path | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The question looked into: model and data in figures, every setting estimated."""
+
+    question: Question
+    job: Job
+    profile: ModelProfile
+    rates: Rates
+    dataset: DatasetProfile | None
+    lengths: Ints
+    plan: Plan
+
+
+def ask(options: Options) -> Question:
+    """Find model, data and devices; quick, nothing heavy is imported.
+
+    Raises:
+        AutotuneError: one of them is not there or cannot be used.
+    """
+    source = find_model(options["model"])
+    dataset = Path(options["dataset"]) if options["dataset"] else None
+    cluster = detect(options["devices"], options["device_memory"])
+    facts = {
+        "model": source.content_hash(),
+        "dataset": content_hash(dataset) if dataset else None,
+        "cluster": cluster.identity(),
+        "versions": versions() | {"autotune": __version__},
+        "options": {
+            name: value
+            for name, value in options.values.items()
+            if name not in ("model", "dataset", "run_dir")
+        },
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return Question(
+        options=options,
+        cluster=cluster,
+        source=source,
+        dataset=dataset,
+        fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+    )
+
+
+def start_processes(cluster: Cluster) -> None:
+    """Start the server that ranks are forked from; it imports while the data is read."""
+    processes.start_server(rank_environment(cluster.kind, cluster.visible_devices))
+
+
+def look_into(
+    question: Question, *, dataset_dir: Path, logs: Path, seq_length: int | None = None
+) -> Workload:
+    """Profile the model, tokenise the data, and estimate every setting.
+
+    Without a dataset every row is `seq_length` tokens long.
+    """
+    options, cluster, source = question.options, question.cluster, question.source
+    precision = choose_precision(options["precision"], cluster)
+    profile = _profile(source, precision, logs, trust=options["trust_remote_code"])
+    limit = sequence_limit(options["max_seq_length"], profile)
+    job = _job(options, source, precision, limit)
+    _log.info(
+        "model %s: %s, %s parameters, %s",
+        source.name,
+        profile.architecture,
+        format_count(profile.parameters),
+        precision,
+    )
+    dataset, lengths = None, np.array([min(seq_length or limit, limit)])
+    if question.dataset is not None:
+        dataset = prepare(
+            question.dataset,
+            model_dir=source.directory,
+            max_seq_length=limit,
+            output=dataset_dir,
+            trust_remote_code=job.trust_remote_code,
+            vocab_size=profile.vocab_size,
+        )
+        lengths = Rows.open(dataset_dir).lengths
+        _log.info(describe_dataset(dataset))
+    rates = _rates(cluster, precision, logs)
+    space = enumerate_space(cluster, job.global_batch_size)
+    return Workload(
+        question=question,
+        job=job,
+        profile=profile,
+        rates=rates,
+        dataset=dataset,
+        lengths=lengths,
+        plan=make_plan(space, profile, job, cluster, rates, lengths),
+    )
+
+
+def describe_dataset(profile: DatasetProfile) -> str:
+    """Return a line for people."""
+    parts = [
+        f"data {profile.path}: {profile.rows} rows in {profile.format} form",
+        f"{format_count(profile.tokens)} tokens, {format_count(profile.trained_tokens)} trained",
+        f"lengths {profile.min_length} to {profile.max_length}, mean {profile.mean_length:.0f}",
+    ]
+    if profile.rows_truncated:
+        parts.append(f"{profile.rows_truncated} rows truncated ({profile.tokens_lost} tokens lost)")
+    if profile.rows_without_trained_tokens:
+        parts.append(f"{profile.rows_without_trained_tokens} rows without trained tokens left out")
+    return ", ".join(parts)
+
+
+def choose_precision(asked: str, cluster: Cluster) -> Any:  # noqa: ANN401 - a Precision
+    """Return the precision; `auto` is what the device is made for.
+
+    fp32 on a CPU, bf16 on GPUs that compute in it (compute capability 8.0 on), fp16 on older ones.
+    """
+    if asked != "auto":
+        return asked
+    if cluster.kind == "cpu":
+        return "fp32"
+    capable = cluster.compute_capability is None or cluster.compute_capability >= _BF16_CAPABILITY
+    return "bf16" if capable else "fp16"
+
+
+def sequence_limit(asked: int | None, profile: ModelProfile) -> int:
+    """Return the tokens a row may have.
+
+    Raises:
+        UsageError: more than the model has positions for.
+    """
+    limit = profile.max_position_embeddings
+    if asked is not None and asked > limit:
+        msg = (
+            f"--max-seq-length {asked} is beyond the {limit} positions of the model: "
+            f"use {limit} or less"
+        )
+        raise UsageError(msg)
+    return asked or limit
+
+
+def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: int) -> Job:  # noqa: ANN401
+    learning_rate = options["learning_rate"]
+    if options.is_default("learning_rate"):
+        learning_rate = source.recommended.get("learning_rate", learning_rate)
+    return Job(
+        model=source.name,
+        model_dir=str(source.directory),
+        from_scratch=source.from_scratch,
+        precision=precision,
+        max_seq_length=max_seq_length,
+        learning_rate=learning_rate,
+        **{
+            name: options[name]
+            for name in (
+                "trust_remote_code",
+                "method",
+                "global_batch_size",
+                "epochs",
+                "max_steps",
+                "lr_scheduler",
+                "warmup_ratio",
+                "weight_decay",
+                "max_grad_norm",
+                "seed",
+            )
+        },
+    )
+
+
+def _profile(source: ModelSource, precision: Any, logs: Path, *, trust: bool) -> ModelProfile:  # noqa: ANN401
+    from autotune.profile.child import profile_from_json, traced
+    from autotune.profile.trace import TraceRequest
+
+    request = TraceRequest(
+        model_dir=str(source.directory),
+        trust_remote_code=trust,
+        attention="sdpa",
+        precision=precision,
+    )
+    config = hashlib.blake2b((source.directory / "config.json").read_bytes()).hexdigest()
+    path = _cache_path("profiles", config, request.attention, precision, __version__, versions())
+    fields = cached_json(path, lambda: traced(request, logs / "profile.log"))
+    return profile_from_json(fields)
+
+
+def _rates(cluster: Cluster, precision: str, logs: Path) -> Rates:
+    from autotune.profile.child import measured_rates, rates_from_json
+
+    path = _cache_path("rates", cluster.identity(), precision, versions())
+    threads = cluster.threads_per_rank
+    fields = cached_json(
+        path, lambda: measured_rates(cluster.kind, precision, threads, logs / "rates.log")
+    )
+    return rates_from_json(fields)
+
+
+def _cache_path(kind: str, *facts: object) -> Path:
+    key = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+    return cache_dir() / kind / f"{key}.json"
+
+
+def total_steps(workload: Workload) -> int:
+    """Return the optimizer steps of the training; an epoch's last batch may be incomplete."""
+    job = workload.job
+    if job.max_steps is not None:
+        return job.max_steps
+    an_epoch = -(-len(workload.lengths) // job.global_batch_size)
+    return max(1, round(job.epochs * an_epoch))

@@ -1,0 +1,150 @@
+"""Builds and steps the engine of a virtual run, and tells its bytes apart."""
+
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from autotune.engine.trainer import build_trainer, count_trained
+from autotune.profile.fakery import LibraryScratch, faked
+from autotune.profile.live_bytes import LiveBytes, Parts
+from autotune.profile.virtual import VirtualRequest, VirtualRun
+from autotune.units import KIB
+
+
+def follow(request: VirtualRequest) -> VirtualRun:
+    """Build the engine, take its steps and return what was alive at most.
+
+    Raises:
+        VirtualRunUnavailableError: a library lacks a name that has to give way.
+    """
+    started = time.perf_counter()
+    parts = EngineParts()
+    with (
+        faked(rank=request.rank, ranks=request.ranks),
+        LiveBytes(parts=parts) as live,
+        LibraryScratch(),
+    ):
+        engine = VirtualEngine(request, live, parts)
+        for _ in range(request.steps):
+            live.reset_counts()
+            engine.update()
+    device = request.spec.device_kind
+    return VirtualRun(
+        peak_device_bytes=live.peak[device],
+        peak_host_bytes=0,
+        parameters=engine.parameters,
+        parts={part: size for part, size in live.peak_parts[device].items() if size},
+        collectives={name: size for name, size in live.collectives.items() if size},
+        flops=live.flops,
+        operators=live.operators,
+        seconds=time.perf_counter() - started,
+        resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB,
+    )
+
+
+class EngineParts(Parts):
+    """Tells bytes apart by what the engine is doing while they are allocated.
+
+    What that leaves open is said afterwards with `LiveBytes.assign`: which tensors turned out to be
+    parameters, gradients and optimizer states.
+    """
+
+    def __init__(self) -> None:
+        self.default = "weights"
+        self.vocab_size: int | None = None
+
+    def of_new(self, tensor: torch.Tensor) -> str:
+        if self.default == "activations" and tensor.dim() and tensor.shape[-1] == self.vocab_size:
+            return "logits"
+        return self.default
+
+    def of_operand(self, part: str) -> str:
+        # ZeRO's buckets and gathered layers are allocated amid forward and backward.
+        return "buffers" if part in {"activations", "other"} else part
+
+
+class VirtualEngine:
+    """The engine, and the optimizer updates that it takes."""
+
+    def __init__(self, request: VirtualRequest, live: LiveBytes, parts: EngineParts) -> None:
+        self._request = request
+        self._live = live
+        self._parts = parts
+        dataset = EqualRows(request.micro_batch_size, request.seq_length)
+        self._trainer = build_trainer(
+            request.spec, request.ds_config, load_weights=False, dataset=dataset
+        )
+        model = self._trainer.model
+        parts.default = "buffers"
+        parts.vocab_size = model.config.get_text_config().vocab_size
+        self._weights = list(model.parameters())
+        self.parameters = sum(
+            # What ZeRO 3 has sharded is empty here, and says how large it was.
+            getattr(weight, "ds_numel", weight.numel())
+            for weight in self._weights
+        )
+        self._engine = self._trainer.prepare_engine(total_steps=2 * request.steps)
+        self._mark_steps()
+        self._mark_gradients()
+        self._assign_states()
+
+    def update(self) -> None:
+        """Take the micro-steps of one optimizer update."""
+        accumulation = self._request.gradient_accumulation_steps
+        dataset = self._trainer.train_dataset
+        for micro_step in range(1, accumulation + 1):
+            self._parts.default = "activations"
+            batch = self._trainer.data_collator(list(dataset))
+            trained = self._request.ranks * accumulation * count_trained(batch)
+            self._trainer.micro_step(batch, max(1, trained), boundary=micro_step == accumulation)
+        self._assign_states()
+
+    def _mark_steps(self) -> None:
+        step = self._engine.step
+
+        def marked_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the engine's
+            self._parts.default = "other"
+            return step(*args, **kwargs)
+
+        self._engine.step = marked_step
+
+    def _mark_gradients(self) -> None:
+        def mark(weight: torch.Tensor) -> None:
+            if weight.grad is not None:
+                self._live.assign([weight.grad], "gradients")
+
+        for weight in self._weights:
+            weight.register_post_accumulate_grad_hook(mark)
+
+    def _assign_states(self) -> None:
+        self._live.assign(_optimizer_states(self._engine.optimizer), "optimizer")
+        self._live.assign(self._weights, "weights")
+
+
+def _optimizer_states(optimizer: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401 - of any engine
+    """Yield the weights that the optimizer updates and what it remembers of each."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for group in inner.param_groups:
+        yield from group["params"]
+    for state in inner.state.values():
+        yield from (leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+
+
+class EqualRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows of one length, every token trained on."""
+
+    def __init__(self, num_rows: int, length: int) -> None:
+        self._num_rows = num_rows
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= self._num_rows:
+            raise IndexError(index)
+        return {"input_ids": [0] * self._length, "trained": [True] * self._length}
