@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from autotune.errors import ConfigError
@@ -11,33 +12,37 @@ from autotune.units import parse_bytes, parse_duration
 Parse = Callable[[Any], Any]
 
 
-def _whole_above_zero(value: Any) -> int:  # noqa: ANN401 - YAML or text
-    number = _number(value)
-    if number != int(number) or number < 1:
-        msg = f"{value!r} is not a whole number above zero"
-        raise ValueError(msg)
-    return int(number)
+_MAX_WHOLE = 2**63 - 1
+_MAX_SEED = 2**32 - 1
+"""What the random generators of NumPy take."""
 
 
-def _whole(value: Any) -> int:  # noqa: ANN401 - YAML or text
-    number = _number(value)
-    if number != int(number) or number < 0:
-        msg = f"{value!r} is not a whole number"
-        raise ValueError(msg)
-    return int(number)
-
-
-def _number(value: Any) -> float:  # noqa: ANN401 - YAML or text; YAML reads 1e-4 as text
+def _number(value: Any) -> Decimal:  # noqa: ANN401 - YAML or text; YAML reads 1e-4 as text
     try:
-        # YAML's true and false are numbers to Python, but not to a user.
-        return float("true" if value is True else "false" if value is False else value)
-    except (TypeError, ValueError):
+        number = Decimal(str(value))
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite():
         msg = f"{value!r} is not a number"
-        raise ValueError(msg) from None
+        raise ValueError(msg)
+    return number
+
+
+def _whole(smallest: int, largest: int = _MAX_WHOLE) -> Parse:
+    up_to = "" if largest == _MAX_WHOLE else f" and {largest} or less"
+
+    def parse(value: Any) -> int:  # noqa: ANN401 - YAML or text
+        number = _number(value)
+        if not smallest <= number <= largest or number % 1:
+            msg = f"{value!r} is not a whole number of {smallest} or more{up_to}"
+            raise ValueError(msg)
+        return int(number)
+
+    return parse
 
 
 def _above_zero(value: Any) -> float:  # noqa: ANN401 - YAML or text
-    number = _number(value)
+    number = float(_number(value))
     if not 0 < number < float("inf"):
         msg = f"{value!r} is not a number above zero"
         raise ValueError(msg)
@@ -45,15 +50,15 @@ def _above_zero(value: Any) -> float:  # noqa: ANN401 - YAML or text
 
 
 def _share(value: Any) -> float:  # noqa: ANN401 - YAML or text
-    number = _number(value)
+    number = float(_number(value))
     if not 0 <= number < 1:
-        msg = f"{value!r} is not a share between 0 and 1"
+        msg = f"{value!r} is not a share from 0 to below 1"
         raise ValueError(msg)
     return number
 
 
 def _not_negative(value: Any) -> float:  # noqa: ANN401 - YAML or text
-    number = _number(value)
+    number = float(_number(value))
     if not 0 <= number < float("inf"):
         msg = f"{value!r} is not a number of zero or more"
         raise ValueError(msg)
@@ -61,12 +66,11 @@ def _not_negative(value: Any) -> float:  # noqa: ANN401 - YAML or text
 
 
 def _text(value: Any) -> str:  # noqa: ANN401 - YAML or text
-    match value:
-        case str() | int() if not isinstance(value, bool):
-            return str(value)
-        case _:
-            msg = f"{value!r} is not a text"
-            raise ValueError(msg)
+    text = str(value)
+    if isinstance(value, bool) or not isinstance(value, str | int) or not text.strip():
+        msg = f"{value!r} is not a text"
+        raise ValueError(msg)
+    return text
 
 
 def _flag(value: Any) -> bool:  # noqa: ANN401 - YAML or text
@@ -146,14 +150,14 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="global_batch_size",
-        parse=_whole_above_zero,
+        parse=_whole(1),
         default=32,
         metavar="N",
         help="Rows an optimizer step, over all ranks; kept exactly.",
     ),
     Option(
         name="max_seq_length",
-        parse=_whole_above_zero,
+        parse=_whole(1),
         default=None,
         metavar="N",
         help="Tokens a row at most; longer ones lose their end [the model's limit].",
@@ -167,7 +171,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="max_steps",
-        parse=_whole_above_zero,
+        parse=_whole(1),
         default=None,
         metavar="N",
         help="Optimizer steps, in place of --epochs.",
@@ -208,7 +212,11 @@ OPTIONS: tuple[Option, ...] = (
         help="Gradient norm that is clipped to; 0 does not clip.",
     ),
     Option(
-        name="seed", parse=_whole, default=42, metavar="N", help="Seed of weights and row order."
+        name="seed",
+        parse=_whole(0, _MAX_SEED),
+        default=42,
+        metavar="N",
+        help="Seed of weights and row order.",
     ),
     Option(
         name="devices",
@@ -226,7 +234,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="max_probes",
-        parse=_whole_above_zero,
+        parse=_whole(1),
         default=12,
         metavar="N",
         help="Structures that are probed at most.",
@@ -289,8 +297,11 @@ def resolve(layers: Sequence[Layer]) -> Options:
     for layer in reversed(layers):
         for key, value in layer.values.items():
             option = _find(key, layer.source)
+            # A key without a value says nothing.
+            if value is None:
+                continue
             try:
-                values[option.name] = None if value is None else option.parse(value)
+                values[option.name] = option.parse(value)
             except ValueError as error:
                 msg = f"{layer.source}: {key}: {error}"
                 raise ConfigError(msg) from None

@@ -145,7 +145,7 @@ def launch_script(python: str, num_ranks: int, environment: Sequence[tuple[str, 
 # by-hand/ beside this script; give --output-dir to choose another place.
 set -euo pipefail
 umask 077
-cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
+CDPATH= cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
 {exports}
 exec {shlex.join(torchrun_command(python, num_ranks))} --output-dir by-hand "$@"
 """

@@ -19,7 +19,7 @@ from autotune.hardware import Cluster, Rates
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
 from autotune.rundir import cached_json
-from autotune.space import enumerate_space
+from autotune.space import enumerate_space, micro_batch_sizes
 from autotune.throughput import Ints
 from autotune.units import format_count
 from autotune.workload import DatasetProfile, Job, ModelProfile
@@ -62,6 +62,8 @@ def ask(options: Options) -> Question:
     source = find_model(options["model"])
     dataset = Path(options["dataset"]) if options["dataset"] else None
     cluster = detect(options["devices"], options["device_memory"])
+    # Only asked for its refusal, before minutes are spent on model and data.
+    micro_batch_sizes(options["global_batch_size"], cluster.num_devices)
     facts = {
         "model": source.content_hash(),
         "dataset": content_hash(dataset) if dataset else None,
@@ -206,7 +208,7 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
 
 def _profile(source: ModelSource, precision: Any, logs: Path, *, trust: bool) -> ModelProfile:  # noqa: ANN401
     from autotune.profile.child import profile_from_json, traced
-    from autotune.profile.trace import TraceRequest
+    from autotune.profile.request import TraceRequest
 
     request = TraceRequest(
         model_dir=str(source.directory),

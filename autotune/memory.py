@@ -129,11 +129,10 @@ def _optimizer(space: Space, profile: ModelProfile, job: Job) -> Floats:
 
 def _per_checkpointing(space: Space, profile: ModelProfile, figure: str, length: int) -> Floats:
     """Evaluate a traced polynomial for each setting's checkpointing mode and micro-batch."""
-    modes = space.column("checkpointing")
-    result = np.zeros(len(space))
-    for mode, trace in profile.traces:
-        a_row = evaluate(getattr(trace, figure), 1, np.array([length]))[0]
-        result = np.where(modes == mode, a_row * space.micro_batch_size, result)
+    modes, place = np.unique(space.column("checkpointing"), return_inverse=True)
+    polynomials = [getattr(profile.trace(mode), figure) for mode in modes.tolist()]
+    a_row = [evaluate(polynomial, 1, np.array([length]))[0] for polynomial in polynomials]
+    result: Floats = np.array(a_row)[place] * space.micro_batch_size
     return result
 
 

@@ -85,7 +85,10 @@ _KINDS: dict[str, type[Outcome]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """One line of probes.jsonl: a setting, the rows it was tried on, and what came of it."""
+    """One line of probes.jsonl: a setting, the rows it was tried on, and what came of it.
+
+    `lengths` are those of the rows, `seconds` what it took to find out.
+    """
 
     setting: Setting
     ranks: int
@@ -103,16 +106,20 @@ class Rung:
             "gradient_accumulation_steps": self.setting.gradient_accumulation_steps,
             "ranks": self.ranks,
             "lengths": self.lengths,
-            "outcome": {"kind": self.outcome.kind, "where": figures.pop("where", None), **figures},
+            "outcome": {
+                "kind": self.outcome.kind,
+                "where": figures.pop("where", None),
+                **figures,
+                "took_s": self.seconds,
+            },
             "at": self.at,
-            "seconds": self.seconds,
         }
 
     @classmethod
     def from_json(cls, line: dict[str, Any]) -> "Rung":
         figures = dict(line["outcome"])
         kind = _KINDS[figures.pop("kind")]
-        where = figures.pop("where", None)
+        where, seconds = figures.pop("where", None), figures.pop("took_s", 0.0)
         if kind is OutOfMemory:
             figures["where"] = where
         if kind is Measured:
@@ -127,5 +134,5 @@ class Rung:
             lengths=line["lengths"],
             outcome=kind(**figures),
             at=line["at"],
-            seconds=line.get("seconds", 0.0),
+            seconds=seconds,
         )

@@ -36,6 +36,9 @@ from autotune.units import format_bytes
 
 _log = logging.getLogger(__name__)
 
+_ENVELOPE = ("schema", "fingerprint", "run_dir", "at", "exit_reason", "exit_code", "message")
+"""Fields of result.json that are about the run's end; the others are figures."""
+
 
 def choose_run_dir(question: Question) -> RunDir:
     """Return --run-dir, or runs/<dataset>-<model>-<first 8 of the fingerprint>."""
@@ -52,15 +55,19 @@ class Run:
     def __init__(self, question: Question, run_dir: RunDir) -> None:
         self.question = question
         self.dir = run_dir
+        self._figures: dict[str, Any] = {}
         self._status: dict[str, Any] = {"schema": 1, "pid": os.getpid(), "best": None, "probes": 0}
 
     def finished(self, *, with_training: bool) -> dict[str, Any] | None:
         """Return the result of an earlier run of the same question, if it got as far."""
-        result = read_json(self.dir.result)
-        if not result or result.get("fingerprint") != self.question.fingerprint:
-            return None
+        result = self._result_before()
         reached = ("trained",) if with_training else ("trained", "tuned")
-        return dict(result) if result["exit_reason"] in reached else None
+        return result if result.get("exit_reason") in reached else None
+
+    def _result_before(self) -> dict[str, Any]:
+        """Return result.json of an earlier run of the same question; empty if there is none."""
+        result = read_json(self.dir.result) or {}
+        return dict(result) if result.get("fingerprint") == self.question.fingerprint else {}
 
     def execute(self, *, with_training: bool) -> dict[str, Any]:
         """Go through every stage that is not done yet; returns the content of result.json.
@@ -79,7 +86,9 @@ class Run:
                 self._write_result(
                     {"exit_reason": type(error).__name__, "exit_code": error.exit_code}
                     | {"message": str(error)}
+                    | self._figures
                 )
+                self._enter("stopped")
                 raise
 
     def _refuse_foreign(self) -> None:
@@ -92,6 +101,27 @@ class Run:
             raise UsageError(msg)
 
     def _stages(self, *, with_training: bool) -> dict[str, Any]:
+        # What was emitted stays as it is: checkpoints of a training fit only the setting it began
+        # with, and more tuning could find another.
+        self._figures = self._figures_before() or self._tune_and_emit()
+        result = self._write_result({"exit_reason": "tuned", "exit_code": 0} | self._figures)
+        if with_training:
+            self._enter("train")
+            trained = self.train()
+            result = self._write_result(
+                {"exit_reason": "trained", "exit_code": 0} | self._figures | trained
+            )
+        self._enter("done")
+        return result
+
+    def _figures_before(self) -> dict[str, Any]:
+        """Return the figures of a tuning that came to its end; empty if none did."""
+        before = self._result_before()
+        if "setting" not in before:
+            return {}
+        return {name: value for name, value in before.items() if name not in _ENVELOPE}
+
+    def _tune_and_emit(self) -> dict[str, Any]:
         self._enter("detect")
         cluster = self.question.cluster
         write_json(self.dir.run, self._run_json())
@@ -106,20 +136,24 @@ class Run:
         self._enter("emit")
         best = require_best(workload.plan, tuned)
         self._emit(workload, best.setting, tuned)
-        figures = tuning_figures(workload, tuned, best) | {"tuning_seconds": tuning_s}
-        if not with_training:
-            return self._write_result({"exit_reason": "tuned", "exit_code": 0} | figures)
-        self._enter("train")
-        trained = self.train()
-        return self._write_result({"exit_reason": "trained", "exit_code": 0} | figures | trained)
+        return tuning_figures(workload, tuned, best) | {"tuning_seconds": tuning_s}
 
     def _run_json(self) -> dict[str, Any]:
         return {
             "schema": 1,
             "fingerprint": self.question.fingerprint,
-            "options": self.question.options.to_json(),
+            "options": self._recorded_options(),
             "versions": versions() | {"autotune": __version__},
         }
+
+    def _recorded_options(self) -> dict[str, Any]:
+        """Return the options, files as absolute paths: `train` may start in another directory."""
+        options = self.question.options.to_json()
+        for name in ("model", "dataset", "run_dir"):
+            value = options[name]["value"]
+            if value is not None and Path(value).exists():
+                options[name]["value"] = str(Path(value).absolute())
+        return options
 
     def _write_workload(self, workload: Workload) -> None:
         write_json(
@@ -251,7 +285,6 @@ class Run:
             **fields,
         }
         write_json(self.dir.result, result)
-        self._enter("done" if result["exit_code"] == 0 else "stopped")
         return result
 
 

@@ -62,11 +62,15 @@ class Plan:
     @property
     def kept(self) -> NDArray[np.bool_]:
         """Whether a setting may fit, the estimate's tolerance granted."""
+        return self.may_fit(self.memory.device_bytes)
+
+    def may_fit(self, device_bytes: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Whether settings that need so much of a device may fit, the tolerance granted."""
         granted = 1 + _MEMORY_TOLERANCE
-        kept: NDArray[np.bool_] = (self.memory.device_bytes <= granted * self.budget_bytes) & (
+        may_fit: NDArray[np.bool_] = (device_bytes <= granted * self.budget_bytes) & (
             self.memory.host_bytes * self.space.ranks <= granted * self.host_budget_bytes
         )
-        return kept
+        return may_fit
 
     def ranking(self) -> Ints:
         """Return the rows: kept ones first, the fastest first, then the rest by what they need."""
@@ -78,7 +82,7 @@ class Plan:
         if self.kept[row]:
             return None
         parts = self.memory.row(row)
-        if parts["device_bytes"] > self.budget_bytes * (1 + _MEMORY_TOLERANCE):
+        if self.memory.device_bytes[row] > self.budget_bytes * (1 + _MEMORY_TOLERANCE):
             largest = sorted(PARTS, key=lambda name: -parts[name])[:3]
             shares = ", ".join(
                 f"{name.removesuffix('_bytes')} {format_bytes(parts[name])}" for name in largest

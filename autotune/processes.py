@@ -64,7 +64,7 @@ def _enter(
     function: Callable[..., None], args: Sequence[Any], log: str, environment: Mapping[str, str]
 ) -> None:
     os.setsid()
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -74,10 +74,13 @@ def _enter(
     function(*args)
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the server dies, and the server dies with its client."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel for a signal to this process when the process that started it dies.
+
+    Ranks die with the server that they were forked from, and the server with its client.
+    """
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)
 

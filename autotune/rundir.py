@@ -104,19 +104,20 @@ class RunDir:
         """Hold the directory against a second run; the lock ends with the process that holds it.
 
         Raises:
-            CannotWriteError: another process holds it.
+            CannotWriteError: another process holds it, or no lock can be made.
         """
         import filelock
 
         path = self.root / ".lock"
         holder = self.root / ".lock-holder"
         lock = filelock.FileLock(path, timeout=0, mode=_PRIVATE_FILE)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            who = holder.read_text() if holder.exists() else "another process"
-            msg = f"{self.root} is in use by {who}: wait for it, or choose another --run-dir"
-            raise CannotWriteError(msg) from None
+        with writing(path):
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                who = holder.read_text() if holder.exists() else "another process"
+                msg = f"{self.root} is in use by {who}: wait for it, or choose another --run-dir"
+                raise CannotWriteError(msg) from None
         try:
             write_text(holder, f"process {os.getpid()} on {os.uname().nodename}")
             yield
@@ -190,8 +191,8 @@ def write_bytes(path: Path, content: bytes, mode: int = _PRIVATE_FILE) -> None:
 
 
 def write_text(path: Path, text: str, mode: int = _PRIVATE_FILE) -> None:
-    """Write a text, whole or not at all."""
-    write_bytes(path, text.encode(), mode)
+    """Write a text, whole or not at all; paths in it may hold bytes that are no UTF-8."""
+    write_bytes(path, text.encode(errors="surrogateescape"), mode)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - JSON

@@ -1,5 +1,6 @@
 """Every setting that leaves the optimisation untouched, as columns."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,4 +88,5 @@ def micro_batch_sizes(global_batch_size: int, ranks: int) -> tuple[int, ...]:
             f"use --global-batch-size {' or '.join(map(str, nearest))}"
         )
         raise UsageError(msg)
-    return tuple(size for size in range(1, per_rank + 1) if per_rank % size == 0)
+    small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+    return tuple(sorted({*small, *(per_rank // size for size in small)}))

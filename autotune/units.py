@@ -1,5 +1,6 @@
 """Sizes, durations and counts as people write and read them."""
 
+import math
 import re
 
 KIB = 1024
@@ -29,10 +30,11 @@ _NUMBER_AND_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE
 def _parse(text: str, units: dict[str, int], what: str, example: str) -> float:
     match = _NUMBER_AND_UNIT.fullmatch(text)
     factor = units.get(match[2].lower()) if match else None
-    if match is None or factor is None:
+    amount = float(match[1]) * factor if match and factor else math.inf
+    if math.isinf(amount):
         msg = f"{text!r} is not a {what} (expected for instance {example})"
         raise ValueError(msg)
-    return float(match[1]) * factor
+    return amount
 
 
 def parse_bytes(text: str) -> int:

@@ -32,7 +32,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def autotune(
-    *arguments: str | Path, cwd: Path, timeout: float = 240
+    *arguments: object, cwd: Path, timeout: float = 240
 ) -> "subprocess.CompletedProcess[str]":
     """Run the command as a user does, from the environment that the tests run in."""
     return subprocess.run(

@@ -16,7 +16,7 @@ import click
 from autotune import __version__
 from autotune.errors import AutotuneError, InterruptedRunError
 
-_COMMANDS = {
+COMMANDS = {
     "run": "Find the fastest setting that fits, and train with it.",
     "tune": "Find the fastest setting that fits, without training.",
     "train": "Train with the setting that was found; goes on from the last checkpoint.",
@@ -27,10 +27,10 @@ _COMMANDS = {
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"autotune.cli.{cmd_name}")
         command: click.Command = module.command
@@ -38,7 +38,7 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -54,8 +54,8 @@ def execute(
             click.echo(note, err=True)
         if question.source.name.startswith("builtin:"):
             click.echo(
-                f"no --model was named: {question.source.name} is a small demo model with random "
-                "weights, trained from scratch",
+                f"{question.source.name} is a small demo model with random weights, trained from "
+                "scratch: name another with --model",
                 err=True,
             )
         click.echo(f"run directory {run.dir.root}", err=True)

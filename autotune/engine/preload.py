@@ -3,6 +3,12 @@
 Nothing here may touch a device: after a fork it could not be used any more.
 """
 
+# ruff: noqa: E402 - the order is the point
+from autotune.processes import die_with_parent
+
+# First of all, as what follows takes seconds in which the client may end.
+die_with_parent()
+
 import deepspeed
 import transformers.models.auto.modeling_auto
 

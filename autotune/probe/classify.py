@@ -1,15 +1,18 @@
 """Tells how a probe died from the evidence that it left. Pure; unknown is never out of memory."""
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut, Unknown
+from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut, Unknown, Where
 
-_MEMORY_ERRORS = ("OutOfMemoryError", "MemoryError")
-_MEMORY_TEXTS = (
+_SIGNALS = {number.value: number.name for number in signal.Signals}
+
+_DEVICE_ERRORS = ("OutOfMemoryError",)
+_DEVICE_TEXTS = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_HOST_ERRORS = ("MemoryError",)
+_HOST_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
-    "CUDA out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
     "cannot allocate memory",
     "std::bad_alloc",
 )
@@ -29,12 +32,14 @@ class Evidence:
     """What a probe left behind.
 
     Attributes:
+        device_kind: what the ranks ran on; a CPU's own memory is the device's.
         exit_codes: of each rank, negative for a signal, None if it had to be ended.
         phase: the last phase that all ranks reached, with `idle_s` seconds since a sign of life.
         kernel_kills: processes that the kernel killed for memory in this cgroup meanwhile.
         log_tail: the last lines of the log of the rank that died first.
     """
 
+    device_kind: str
     deaths: tuple[Death, ...]
     exit_codes: tuple[int | None, ...]
     phase: str
@@ -46,38 +51,52 @@ class Evidence:
 
 def classify(evidence: Evidence) -> Outcome:
     """Return how the probe ended."""
-    memory = next((death for death in evidence.deaths if is_out_of_memory(death)), None)
-    if memory is not None:
-        text = f"rank {memory.rank}: {memory.exception}: {memory.message}"
-        return OutOfMemory(where="device", evidence=text)
-    if -signal.SIGKILL in evidence.exit_codes and evidence.kernel_kills > 0:
+    for death in evidence.deaths:
+        where = exhausted_memory(death, evidence.device_kind)
+        if where is not None:
+            return OutOfMemory(where=where, evidence=_words(death))
+    killed = -signal.SIGKILL in evidence.exit_codes
+    if killed and evidence.kernel_kills > 0:
         return OutOfMemory(where="host", evidence="the kernel killed a rank for memory")
-    if evidence.deaths:
-        death = evidence.deaths[0]
-        return Crashed(
-            reason=f"rank {death.rank}: {death.exception}: {death.message}",
-            evidence=evidence.log_tail,
-        )
-    if evidence.timed_out:
+    # SIGKILL comes from outside; what other ranks then say of a lost connection follows from it.
+    if evidence.deaths and not killed:
+        return Crashed(reason=_words(evidence.deaths[0]), evidence=evidence.log_tail)
+    if evidence.timed_out and not killed:
         return TimedOut(phase=evidence.phase, seconds=evidence.idle_s, evidence=evidence.log_tail)
     return _classify_exit(evidence)
 
 
 def _classify_exit(evidence: Evidence) -> Outcome:
-    for rank, code in enumerate(evidence.exit_codes):
+    killed_first = sorted(
+        enumerate(evidence.exit_codes), key=lambda ended: ended[1] != -signal.SIGKILL
+    )
+    for rank, code in killed_first:
         if code is not None and code < 0:
-            name = signal.Signals(-code).name
+            name = _SIGNALS.get(-code, f"signal {-code}")
             return Crashed(
                 reason=f"rank {rank} was ended by {name} in phase {evidence.phase}",
                 evidence=evidence.log_tail,
             )
+    # A rank that failed says more than one that went in good order.
     ended = [code for code in evidence.exit_codes if code is not None]
-    return Unknown(exit_code=ended[0] if ended else None, evidence=evidence.log_tail)
+    return Unknown(exit_code=max(ended, default=None), evidence=evidence.log_tail)
 
 
-def is_out_of_memory(death: Death) -> bool:
-    """Whether an exception says that memory ran out, by its type or an allocator's own words."""
-    if death.exception.rpartition(".")[2] in _MEMORY_ERRORS:
-        return True
-    text = death.message.lower()
-    return any(words.lower() in text for words in _MEMORY_TEXTS)
+def exhausted_memory(death: Death, device_kind: str) -> Where | None:
+    """Return whose memory ran out, by the exception's type or an allocator's own words."""
+    if _says(death, _DEVICE_ERRORS, _DEVICE_TEXTS):
+        return "device"
+    if _says(death, _HOST_ERRORS, _HOST_TEXTS):
+        return "device" if device_kind == "cpu" else "host"
+    return None
+
+
+def _says(death: Death, errors: Sequence[str], texts: Sequence[str]) -> bool:
+    message = death.message.lower()
+    return death.exception.rpartition(".")[2] in errors or any(
+        text.lower() in message for text in texts
+    )
+
+
+def _words(death: Death) -> str:
+    return f"rank {death.rank}: {death.exception}: {death.message}"

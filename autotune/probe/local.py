@@ -96,7 +96,8 @@ class _RunningProbe:
                 yield worst_of([rank[yielded] for rank in self._measured])
                 yielded += 1
                 started = last_sign = time.monotonic()
-            if all(self._done):
+            # With every rung measured there is nothing left to learn, however the ranks go.
+            if all(self._done) or yielded == len(self._request.rungs):
                 return
             idle = time.monotonic() - last_sign
             if self._lost_a_rank(ended) or idle > idle_limit_s:
@@ -148,6 +149,7 @@ class _RunningProbe:
         exit_codes = tuple(rank.exitcode for rank in self._ranks)
         self.end()
         evidence = Evidence(
+            device_kind=self._request.spec.device_kind,
             deaths=tuple(self._deaths),
             exit_codes=exit_codes,
             phase=min(self._phases, key=self._known_phases.index),

@@ -9,7 +9,7 @@ from typing import Any
 from autotune import processes
 from autotune.errors import ConfigError, SetupFaultError
 from autotune.hardware import Rates
-from autotune.profile.trace import TraceRequest, trace_model
+from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
 from autotune.workload import ModelProfile, Polynomial, Trace
 
@@ -79,6 +79,8 @@ def _answer(path: str, make: Callable[[], dict[str, Any]]) -> None:
 
 
 def _trace(request: TraceRequest, path: str) -> None:
+    from autotune.profile.trace import trace_model
+
     _answer(path, lambda: asdict(trace_model(request)))
 
 

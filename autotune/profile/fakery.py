@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotune.profile.live_bytes import FixedScalars
 from autotune.profile.virtual import VirtualRunUnavailableError
+from autotune.profile.virtual_gpu import DEVICE as VIRTUAL_DEVICE
 
 _CONVERSIONS = ("to", "float", "half", "bfloat16")
 _ZERO = "deepspeed.runtime.zero"
@@ -26,8 +27,8 @@ _RANK_COMPARISONS = tuple(
 
 
 @contextmanager
-def faked(*, rank: int, ranks: int) -> Iterator[None]:
-    """Be one of `ranks` ranks over fake tensors.
+def faked(device_kind: str, *, rank: int, ranks: int) -> Iterator[None]:
+    """Be one of `ranks` ranks over fake tensors, on the CPU or on a virtual device.
 
     Raises:
         VirtualRunUnavailableError: a library lacks a name that has to give way.
@@ -35,25 +36,56 @@ def faked(*, rank: int, ranks: int) -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with ExitStack() as stack:
-        stack.enter_context(_rank_environment(rank, ranks))
+        device = "cpu" if device_kind == "cpu" else VIRTUAL_DEVICE
+        stack.enter_context(_rank_environment(rank, ranks, device))
+        stand_ins = _stand_ins()
+        if device != "cpu":
+            stand_ins |= _device_stand_ins()
+        for target, stand_in in stand_ins.items():
+            stack.enter_context(replaced(target, stand_in))
         stack.enter_context(_process_group(rank, ranks))
-        for target, stand_in in _stand_ins().items():
-            stack.enter_context(_replaced(target, stand_in))
         # Constants that libraries made at import, real ones, meet fake tensors.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_CpuWithoutIndex())
-        stack.enter_context(FixedScalars())
+        stack.enter_context(_Answers())  # type: ignore[no-untyped-call]
         yield
 
 
-def _stand_ins() -> dict[str, Callable[..., Any]]:
+def _stand_ins() -> dict[str, object]:
     """Return what replaces what, by dotted name."""
     # Parameters of a fake model cannot be swapped under the weak references that follow them. The
     # model is built in its type and on its device, so that there is nothing to convert.
     conversions = {f"torch.nn.Module.{name}": _stay for name in _CONVERSIONS}
     # ZeRO 3 compares with what rank 0 sends; a fake collective brings no data.
     comparisons = dict.fromkeys(_RANK_COMPARISONS, _agree)
-    return {**conversions, **comparisons}
+    # It would compile a C++ op that exchanges real memory between real ranks.
+    shared_memory = {"deepspeed.comm.torch.build_shm_op": _nothing}
+    return {**conversions, **comparisons, **shared_memory}
+
+
+def _device_stand_ins() -> dict[str, object]:
+    """Return what else gives way to a virtual device, which is registered with it."""
+    from autotune.profile import virtual_gpu
+
+    virtual_gpu.register()
+    return {
+        "deepspeed.accelerator.real_accelerator.ds_accelerator": virtual_gpu.VirtualAccelerator(),
+        # They look for devices that exist.
+        "transformers.training_args.is_torch_bf16_gpu_available": _always,
+        "accelerate.state.PartialState._prepare_backend": _gpu_backend,
+        "torch.tensor": virtual_gpu.new_tensor,
+        # ZeRO 3 puts its own in that place while it builds, and this one back.
+        f"{_ZERO}.partition_parameters._orig_torch_tensor": virtual_gpu.new_tensor,
+        # Dispatch by device would end in the kernel that keeps the whole attention matrix.
+        "torch.nn.functional.scaled_dot_product_attention": virtual_gpu.attend,
+    }
+
+
+def _always() -> bool:
+    return True
+
+
+def _gpu_backend(*_args: object) -> tuple[str, str]:
+    return "nccl", "MULTI_GPU"
 
 
 def _stay(module: torch.nn.Module, *_args: object, **_kwargs: object) -> torch.nn.Module:
@@ -64,8 +96,12 @@ def _agree(_ints: list[int]) -> None:
     return None
 
 
+def _nothing() -> None:
+    return None
+
+
 @contextmanager
-def _replaced(target: str, stand_in: object) -> Iterator[None]:
+def replaced(target: str, stand_in: object) -> Iterator[None]:
     owner_name, _, name = target.rpartition(".")
     try:
         owner = pkgutil.resolve_name(owner_name)
@@ -84,9 +120,11 @@ def _replaced(target: str, stand_in: object) -> Iterator[None]:
 
 
 @contextmanager
-def _rank_environment(rank: int, ranks: int) -> Iterator[None]:
+def _rank_environment(rank: int, ranks: int, device: str) -> Iterator[None]:
+    """Set what DeepSpeed and accelerate read; the port is never opened."""
     before = dict(os.environ)
-    # DeepSpeed and accelerate read them; the port is never opened.
+    if device != "cpu":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK="0",
@@ -113,8 +151,8 @@ def _process_group(rank: int, ranks: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-class _CpuWithoutIndex(TorchDispatchMode):
-    """Takes the index off a CPU device, as a real allocation does; a fake tensor would keep it."""
+class _Answers(FixedScalars):
+    """Answers for values, and takes the index off a CPU device, as a real allocation does."""
 
     def __torch_dispatch__(
         self,
@@ -123,11 +161,10 @@ class _CpuWithoutIndex(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns
-        kwargs = dict(kwargs or {})
-        device = kwargs.get("device")
+        device = (kwargs or {}).get("device")
         if device is not None and device.type == "cpu":
-            kwargs["device"] = torch.device("cpu")
-        return func(*args, **kwargs)
+            kwargs = {**(kwargs or {}), "device": torch.device("cpu")}
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class LibraryScratch(TorchDispatchMode):
@@ -136,6 +173,10 @@ class LibraryScratch(TorchDispatchMode):
     Entered after the mode that follows the bytes, so that this one sees them.
     """
 
+    def __init__(self, device_kind: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._scratch = _GLOO_SCRATCH if device_kind == "cpu" else _CUDA_SCRATCH
+
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload[..., Any],
@@ -143,7 +184,7 @@ class LibraryScratch(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns
-        scratch_of = _SCRATCH.get(func)
+        scratch_of = self._scratch.get(func)
         scratch = None if scratch_of is None else scratch_of(args)
         result = func(*args, **(kwargs or {}))
         del scratch
@@ -156,6 +197,17 @@ def _reduce_scatter_scratch(args: tuple[Any, ...]) -> torch.Tensor:
     return source.clone()
 
 
-_SCRATCH: Mapping[Any, Callable[[tuple[Any, ...]], torch.Tensor]] = {
-    torch.ops.c10d._reduce_scatter_base_.default: _reduce_scatter_scratch,
+def _attention_scratch(args: tuple[Any, ...]) -> torch.Tensor:
+    """Flash and memory-efficient kernels sum the gradient of the query up in fp32."""
+    query: torch.Tensor = args[1]
+    return torch.empty_like(query, dtype=torch.float32)
+
+
+_Scratch = Mapping[Any, Callable[[tuple[Any, ...]], torch.Tensor]]
+_GLOO_SCRATCH: _Scratch = {torch.ops.c10d._reduce_scatter_base_.default: _reduce_scatter_scratch}
+_CUDA_SCRATCH: _Scratch = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention_backward").default: (
+        _attention_scratch
+    )
+    for kernel in ("flash", "efficient")
 }

@@ -15,11 +15,12 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(slots=True)
 class _Storage:
-    """A live storage: where it is, how large, and which part of the memory it belongs to."""
+    """A live storage: where it is, how large, which part of the memory it belongs to, its turn."""
 
     device: str
     size: int
     part: str
+    turn: int
 
 
 class Parts:
@@ -50,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), parts: Parts | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = defaultdict(int)
         self.peak_parts: dict[str, dict[str, int]] = {}
@@ -58,6 +59,8 @@ class LiveBytes(TorchDispatchMode):
         self.flops = 0
         self.collectives: dict[str, int] = defaultdict(int)
         self._parts = parts or Parts()
+        self._turn = 0
+        self._peak_turn: dict[str, int] = defaultdict(int)
         self._current_parts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         self._live: weakref.WeakKeyDictionary[torch.UntypedStorage, _Storage]
@@ -87,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self.collectives.clear()
 
     def assign(self, tensors: Iterable[torch.Tensor], part: str) -> None:
-        """Say what part live tensors belong to, now that it is known."""
+        """Say what part live tensors belong to, now that it is known; also at the latest peak."""
         for storage in self._storages(tensors):
             self._move(storage, part)
 
@@ -97,13 +100,15 @@ class LiveBytes(TorchDispatchMode):
             return
         self.operators += 1
         device, size = tensor.device.type, untyped.nbytes()
-        storage = _Storage(device, size, self._parts.of_new(tensor))
+        self._turn += 1
+        storage = _Storage(device, size, self._parts.of_new(tensor), self._turn)
         self._live[untyped] = storage
         self.current[device] += size
         self._current_parts[device][storage.part] += size
         if self.current[device] >= self.peak[device]:
             self.peak[device] = self.current[device]
             self.peak_parts[device] = dict(self._current_parts[device])
+            self._peak_turn[device] = self._turn
         weakref.finalize(untyped, self._release, storage)
 
     def _release(self, storage: _Storage) -> None:
@@ -117,9 +122,13 @@ class LiveBytes(TorchDispatchMode):
                 yield storage
 
     def _move(self, storage: _Storage, part: str) -> None:
-        parts = self._current_parts[storage.device]
-        parts[storage.part] -= storage.size
-        parts[part] += storage.size
+        affected = [self._current_parts[storage.device]]
+        # Alive now and made before the peak: it was alive at the peak.
+        if storage.turn <= self._peak_turn[storage.device]:
+            affected.append(self.peak_parts[storage.device])
+        for parts in affected:
+            parts[storage.part] -= storage.size
+            parts[part] = parts.get(part, 0) + storage.size
         storage.part = part
 
     def _count_collective(

@@ -14,18 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autotune.engine.model import DTYPES, enable_checkpointing
 from autotune.profile.live_bytes import FixedScalars, LiveBytes
-from autotune.workload import ModelProfile, Polynomial, Precision, Trace
+from autotune.profile.request import TraceRequest
+from autotune.workload import ModelProfile, Polynomial, Trace
 
 CHECKPOINTING_MODES = ("none", "full")
 _LENGTHS = (128, 512, 1024)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceRequest:
-    model_dir: str
-    trust_remote_code: bool
-    attention: str
-    precision: Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,8 @@ class VirtualRequest:
 
     Attributes:
         rank: whose memory is followed. Ranks differ by what their partitions cut off a parameter.
-        steps: optimizer updates; the third is like every later one.
+        steps: optimizer updates. In the first the optimizer makes its states, and ZeRO 3 learns the
+            order of the layers; the second is like every later one.
     """
 
     spec: TrainSpec
@@ -38,7 +39,7 @@ class VirtualRequest:
     gradient_accumulation_steps: int
     seq_length: int
     rank: int = 0
-    steps: int = 3
+    steps: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

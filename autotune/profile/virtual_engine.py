@@ -12,7 +12,12 @@ from autotune.engine.trainer import build_trainer, count_trained
 from autotune.profile.fakery import LibraryScratch, faked
 from autotune.profile.live_bytes import LiveBytes, Parts
 from autotune.profile.virtual import VirtualRequest, VirtualRun
+from autotune.profile.virtual_gpu import NAME as VIRTUAL_GPU
+from autotune.profile.virtual_gpu import place
 from autotune.units import KIB
+
+_GRADIENTS_KEPT = ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients")
+"""Stages 1 and 2, stage 3, and stage 0 in bf16; an engine lacks those of the others."""
 
 
 def follow(request: VirtualRequest) -> VirtualRun:
@@ -24,18 +29,19 @@ def follow(request: VirtualRequest) -> VirtualRun:
     started = time.perf_counter()
     parts = EngineParts()
     with (
-        faked(rank=request.rank, ranks=request.ranks),
+        faked(request.spec.device_kind, rank=request.rank, ranks=request.ranks),
         LiveBytes(parts=parts) as live,
-        LibraryScratch(),
+        LibraryScratch(request.spec.device_kind),
     ):
         engine = VirtualEngine(request, live, parts)
         for _ in range(request.steps):
             live.reset_counts()
             engine.update()
-    device = request.spec.device_kind
+    on_cpu = request.spec.device_kind == "cpu"
+    device = "cpu" if on_cpu else VIRTUAL_GPU
     return VirtualRun(
         peak_device_bytes=live.peak[device],
-        peak_host_bytes=0,
+        peak_host_bytes=0 if on_cpu else live.peak["cpu"],
         parameters=engine.parameters,
         parts={part: size for part, size in live.peak_parts[device].items() if size},
         collectives={name: size for name, size in live.collectives.items() if size},
@@ -76,7 +82,11 @@ class VirtualEngine:
         self._parts = parts
         dataset = EqualRows(request.micro_batch_size, request.seq_length)
         self._trainer = build_trainer(
-            request.spec, request.ds_config, load_weights=False, dataset=dataset
+            request.spec,
+            _with_python_optimizer(request.ds_config),
+            load_weights=False,
+            dataset=dataset,
+            wrap_model=_stay if request.spec.device_kind == "cpu" else place,
         )
         model = self._trainer.model
         parts.default = "buffers"
@@ -107,6 +117,7 @@ class VirtualEngine:
         step = self._engine.step
 
         def marked_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the engine's
+            self._live.assign(_kept_gradients(self._engine.optimizer), "gradients")
             self._parts.default = "other"
             return step(*args, **kwargs)
 
@@ -125,6 +136,26 @@ class VirtualEngine:
         self._live.assign(self._weights, "weights")
 
 
+def _stay(model: Any) -> Any:  # noqa: ANN401 - PreTrainedModel
+    return model
+
+
+def _with_python_optimizer(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Let torch's AdamW stand in for the C++ one, which takes no fake tensors.
+
+    It keeps the same states, and fused it works in place, as the C++ one does.
+    """
+    optimizer = ds_config["optimizer"]
+    if optimizer["params"].get("torch_adam"):
+        return ds_config
+    params = {**optimizer["params"], "torch_adam": True, "fused": True}
+    return {
+        **ds_config,
+        "optimizer": {**optimizer, "params": params},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 def _optimizer_states(optimizer: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401 - of any engine
     """Yield the weights that the optimizer updates and what it remembers of each."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -132,6 +163,13 @@ def _optimizer_states(optimizer: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401
         yield from group["params"]
     for state in inner.state.values():
         yield from (leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
+
+
+def _kept_gradients(optimizer: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401 - of any engine
+    """Yield where ZeRO keeps its share of the gradients until the update."""
+    for name in _GRADIENTS_KEPT:
+        kept = getattr(optimizer, name, None)
+        yield from (leaf for leaf in tree_leaves(kept) if isinstance(leaf, torch.Tensor))
 
 
 class EqualRows(torch.utils.data.Dataset[dict[str, Any]]):

@@ -13,19 +13,24 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from autotune.dataset.rows import Rows
 from autotune.engine.device import MemoryMeter, enter_rank
 from autotune.engine.trainer import build_trainer
+from autotune.processes import die_with_parent
 from autotune.rundir import write_json, write_text
 from autotune.workload import TrainSpec
 
 _log = logging.getLogger(__name__)
 
+_WHOLE = "complete"
+"""The file that marks a checkpoint as complete."""
+
 
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
+    # torchrun can be killed before it has ended its ranks.
+    die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ds_config = json.loads(options.ds_config.read_text())
     spec = TrainSpec.from_json(json.loads(options.train_args.read_text()))
@@ -52,9 +57,10 @@ def train(
     meter, cap = enter_rank(spec.device_kind, spec.device_memory_bytes, spec.threads_per_rank)
     trainer = build_trainer(spec, ds_config, load_weights=True)
     trainer.memory_cap = cap
-    checkpoint = get_last_checkpoint(str(output_dir)) if resume else None
+    checkpoint = last_whole_checkpoint(output_dir) if resume else None
     metrics = MetricsLog(output_dir, meter, trainer.train_dataset.rows)
     trainer.add_callback(metrics)
+    trainer.add_callback(WholeCheckpoints())
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(model_dir))
     if trainer.is_world_process_zero():
@@ -69,6 +75,25 @@ def _save_tokenizer(spec: TrainSpec, model_dir: Path) -> None:
         spec.model_dir, trust_remote_code=spec.trust_remote_code, local_files_only=True
     )
     tokenizer.save_pretrained(str(model_dir))
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Marks a checkpoint that every rank has written its part of."""
+
+    def on_save(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        del control
+        torch.distributed.barrier()
+        if state.is_world_process_zero:
+            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE, "")
+
+
+def last_whole_checkpoint(output_dir: Path) -> str | None:
+    """Return the latest checkpoint that is complete; one that was cut short cannot be loaded."""
+    whole = [path.parent for path in output_dir.glob(f"checkpoint-*/{_WHOLE}")]
+    latest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if latest is None else str(latest)
 
 
 class MetricsLog(TrainerCallback):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def run_training(
     lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "autotune.train.leash", *command],
             cwd=directory,
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,

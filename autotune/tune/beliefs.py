@@ -2,7 +2,8 @@
 
 The logarithm of measured over predicted speed is taken as a linear function of the setting's knobs
 plus noise, with a normal prior on every coefficient; each measured rung updates it (Bayesian linear
-regression, Bishop, Pattern Recognition and Machine Learning, section 3.3).
+regression, Bishop, Pattern Recognition and Machine Learning, section 3.3). So is that of measured
+over predicted memory.
 """
 
 import math
@@ -38,7 +39,7 @@ class Beliefs:
     Attributes:
         log_tokens_per_s: expected logarithm of the speed, and its standard deviation.
         possible: settings that were not tried and that no outcome has shown to be impossible.
-        open_rows: those of them that the plan keeps.
+        open_rows: those of them that may fit, as the estimates are corrected by measured peaks.
         best_tokens_per_s: of what was measured; 0 if nothing was.
     """
 
@@ -48,23 +49,15 @@ class Beliefs:
     open_rows: Bools
     best_tokens_per_s: float
 
-    def chance_to_win(self, rows: NDArray[np.int64], deviations: float = 1.0) -> bool:
-        """Whether any of the rows may be faster than the best, at so many standard deviations."""
-        if not len(rows):
-            return False
-        if not self.best_tokens_per_s:
-            return True
-        hopes = self.log_tokens_per_s[rows] + deviations * self.log_sd[rows]
-        return bool(hopes.max() > np.log(self.best_tokens_per_s))
-
     def expected_improvement(self) -> Floats:
         """Return the expected gain of each open row over the best, as a share of the best.
 
         The closed form of a normal belief: (mu - b) Phi(z) + sd phi(z), with z = (mu - b) / sd
-        (Jones et al., 1998), in logarithms; 0 for rows that are not open.
+        (Jones et al., 1998), in logarithms; 0 for rows that are not open. Over nothing the gain is
+        the expected speed itself.
         """
         if not self.best_tokens_per_s:
-            return np.where(self.open_rows, np.inf, 0.0)
+            return np.where(self.open_rows, np.exp(self.log_tokens_per_s), 0.0)
         gain = self.log_tokens_per_s - np.log(self.best_tokens_per_s)
         z = gain / self.log_sd
         density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
@@ -79,60 +72,92 @@ def update(plan: Plan, rungs: Sequence[Rung]) -> Beliefs:
     }
     rows = {plan.row_of(setting): outcome for setting, outcome in known.items()}
     tried = {row: outcome for row, outcome in rows.items() if row is not None}
-    measured = {row: out for row, out in tried.items() if isinstance(out, Measured)}
-    mean, sd = _regress(plan, measured)
+    speeds = {row: out.tokens_per_s for row, out in tried.items() if isinstance(out, Measured)}
+    features = _features(plan)
+    faster, sd = _regress(
+        features, {row: math.log(speed / plan.tokens_per_s[row]) for row, speed in speeds.items()}
+    )
     possible = _possible(plan, tried)
     return Beliefs(
-        log_tokens_per_s=np.log(plan.tokens_per_s) + mean,
+        log_tokens_per_s=np.log(plan.tokens_per_s) + faster,
         log_sd=sd,
         possible=possible,
-        open_rows=possible & plan.kept,
-        best_tokens_per_s=max((out.tokens_per_s for out in measured.values()), default=0.0),
+        open_rows=possible & plan.may_fit(_device_bytes(plan, features, tried)),
+        best_tokens_per_s=max(speeds.values(), default=0.0),
     )
 
 
-def _regress(plan: Plan, measured: dict[int, Measured]) -> tuple[Floats, Floats]:
+def _device_bytes(plan: Plan, features: Floats, tried: Mapping[int, Outcome]) -> Floats:
+    """Return what every setting is believed to need of a device, corrected by measured peaks.
+
+    An out-of-memory says that more was needed than is there; it counts where less was believed.
+    A peak leaves out what a GPU's context takes, so a correction may be too low by that share: a
+    setting too many is tried then, and none too few.
+    """
+    estimate = plan.memory.device_bytes
+    peaks = {
+        row: math.log(out.peak_bytes / estimate[row])
+        for row, out in tried.items()
+        if isinstance(out, Measured) and out.peak_bytes
+    }
+    larger, _ = _regress(features, peaks)
+    room = np.log(plan.budget_bytes / estimate)
+    surprises = {
+        row: float(room[row])
+        for row, out in tried.items()
+        if isinstance(out, OutOfMemory) and out.where == "device" and room[row] > larger[row]
+    }
+    if surprises:
+        larger, _ = _regress(features, peaks | surprises)
+    needs: Floats = np.exp(larger) * estimate
+    return needs
+
+
+def _regress(features: Floats, observed: Mapping[int, float]) -> tuple[Floats, Floats]:
     """Return mean and standard deviation of the correction of every row."""
-    features, prior_sd = _features(plan)
-    scaled = features * prior_sd
-    rows = np.array(sorted(measured), dtype=np.int64)
-    observed = np.array(
-        [np.log(measured[row].tokens_per_s / plan.tokens_per_s[row]) for row in rows.tolist()]
-    )
-    seen = scaled[rows]
-    precision = np.eye(scaled.shape[1]) + seen.T @ seen / _NOISE_SD**2
+    seen = features[list(observed)]
+    precision = np.eye(features.shape[1]) + seen.T @ seen / _NOISE_SD**2
     covariance = np.linalg.inv(precision)
-    coefficients = covariance @ seen.T @ observed / _NOISE_SD**2
-    variance = np.einsum("ij,jk,ik->i", scaled, covariance, scaled) + _NOISE_SD**2
-    return scaled @ coefficients, np.sqrt(variance)
+    coefficients = covariance @ seen.T @ np.array(list(observed.values())) / _NOISE_SD**2
+    variance = np.einsum("ij,jk,ik->i", features, covariance, features) + _NOISE_SD**2
+    return features @ coefficients, np.sqrt(variance)
 
 
-def _features(plan: Plan) -> tuple[Floats, Floats]:
-    """Return a column for the machine, one a knob value, one for the size, and their prior."""
+def _features(plan: Plan) -> Floats:
+    """Return a column for the machine, one a knob value and one for the size.
+
+    Each is scaled by its prior standard deviation, so that the coefficients' prior is standard.
+    """
     space = plan.space
-    columns = [np.ones(len(space))]
-    prior_sd = [_MACHINE_SD]
+    columns = [np.full(len(space), _MACHINE_SD)]
     for knob in _KNOBS:
         values = space.column(knob)
-        columns += [(values == value).astype(float) for value in np.unique(values)]
-        prior_sd += [_KNOB_SD] * len(np.unique(values))
-    columns.append(np.log2(space.micro_batch_size))
-    prior_sd.append(_SIZE_SD)
-    return np.stack(columns, axis=1), np.array(prior_sd)
+        columns += [np.where(values == value, _KNOB_SD, 0.0) for value in np.unique(values)]
+    columns.append(_SIZE_SD * np.log2(space.micro_batch_size))
+    return np.stack(columns, axis=1)
 
 
 def _possible(plan: Plan, tried: Mapping[int, Outcome]) -> Bools:
     possible = np.ones(len(plan.space), dtype=bool)
-    terms = np.stack([getattr(plan.memory, name) for name in PARTS])
     for row, outcome in tried.items():
         possible[row] = False
         if isinstance(outcome, OutOfMemory):
-            # What needs at least as much in every term cannot fit either.
-            possible &= ~(terms >= terms[:, row : row + 1]).all(axis=0)
+            possible &= ~_needs_as_much(plan, row, outcome)
         elif not isinstance(outcome, Measured):
             # A structure that crashed or hung once is not tried again at another size.
             possible &= plan.space.structure_index != plan.space.structure_index[row]
     return possible
+
+
+def _needs_as_much(plan: Plan, row: int, outcome: OutOfMemory) -> Bools:
+    """Say of each setting whether it needs at least as much as the row in every term.
+
+    Where the host's memory ran out, what an offloaded optimizer takes of it is a term too.
+    """
+    names = PARTS if outcome.where == "device" else (*PARTS, "host_bytes")
+    terms = np.stack([getattr(plan.memory, name) for name in names])
+    as_much: Bools = np.logical_and.reduce(terms >= terms[:, row : row + 1])
+    return as_much
 
 
 def _normal_cdf(z: Floats) -> Floats:

@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +14,15 @@ from typing import Protocol
 import optuna
 from optuna.trial import Trial, TrialState
 
-from autotune.errors import InterruptedRunError, SetupFaultError
-from autotune.outcome import Interrupted, Measured, Outcome, OutOfMemory, Rung
+from autotune.errors import InterruptedRunError
+from autotune.outcome import Interrupted, Measured, Outcome, Rung
 from autotune.plan import Plan
 from autotune.probe.protocol import Prober, ProbeRequest, RungFailure, RungMeasurement
 from autotune.rundir import write_bytes
 from autotune.setting import Setting, Structure
-from autotune.tune.search import Search, distributions, new_study
+from autotune.tune.faults import refuse_set_up_fault, worth_knowing
+from autotune.tune.search import OUTCOMES, Search, distributions, new_study
 from autotune.units import format_bytes
-
-_ALIKE_BEFORE_GIVING_UP = 3
 
 _log = logging.getLogger(__name__)
 
@@ -67,35 +67,43 @@ class Tuner:
         record: Callable[[Rung], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.search = Search(plan, known)
+        self.search = Search(plan, worth_knowing(known))
         self.study = new_study(self.search)
         self._knobs = distributions(plan)
         self._prober = prober
         self._site = site
         self._record = record
         self._clock = clock
+        self._deadline = math.inf
 
     def run(self, *, max_probes: int, budget_s: float | None) -> Tuned:
         """Probe until nothing is to be gained or a limit is reached.
 
         Raises:
-            SetupFaultError: probes die alike, whatever their setting.
+            SetupFaultError: probes die, whatever their setting, and none is measured.
             InterruptedRunError: stopped from outside; the outcomes so far are kept.
         """
-        started = self._clock()
-        probes = len({rung.setting.structure for rung in self.search.rungs})
-        stopped_by = "nothing to gain"
-        while self.search.next_structure() is not None:
-            if probes >= max_probes:
-                stopped_by = "max_probes"
-                break
-            if budget_s is not None and self._clock() - started >= budget_s:
-                stopped_by = "tune_budget"
-                break
-            self._probe(self.study.ask(self._knobs))
-            probes += 1
-            self._stop_if_all_die_alike()
-        return self._tuned(probes, stopped_by)
+        self._deadline = self._clock() + (math.inf if budget_s is None else budget_s)
+        stopped_by = None
+        while stopped_by is None:
+            structure = self.search.next_structure()
+            stopped_by = self._reason_to_stop(structure, max_probes)
+            if stopped_by is None:
+                self._probe(self.study.ask(self._knobs))
+                refuse_set_up_fault(self.search.rungs)
+        refuse_set_up_fault(self.search.rungs, at_least=1)
+        return self._tuned(stopped_by)
+
+    def _reason_to_stop(self, structure: Structure | None, max_probes: int) -> str | None:
+        probed = self.search.probed
+        if structure is None:
+            return "nothing to gain"
+        if structure not in probed and len(probed) >= max_probes:
+            return "max_probes"
+        return "tune_budget" if self._out_of_time() else None
+
+    def _out_of_time(self) -> bool:
+        return self._clock() >= self._deadline
 
     def _probe(self, trial: Trial) -> None:
         structure = Structure(**trial.params)
@@ -104,44 +112,38 @@ class Tuner:
             "probing %s at micro-batch %s", structure.label(), [s.micro_batch_size for s in ladder]
         )
         try:
-            for rung in self._climb(ladder):
-                self._learn(rung)
-                if isinstance(rung.outcome, Measured):
-                    trial.report(rung.outcome.tokens_per_s, rung.setting.micro_batch_size)
-                    if trial.should_prune():
-                        break
+            self._climb(trial, ladder)
         finally:
             self._tell(trial, structure)
 
-    def _tell(self, trial: Trial, structure: Structure) -> None:
-        speeds = self._speeds(structure)
-        if speeds:
-            self.study.tell(trial, max(speeds))
-        else:
-            self.study.tell(trial, state=TrialState.FAIL)
-
-    def _speeds(self, structure: Structure) -> list[float]:
-        return [
-            rung.outcome.tokens_per_s
-            for rung in self.search.rungs
-            if rung.setting.structure == structure and isinstance(rung.outcome, Measured)
-        ]
-
-    def _climb(self, ladder: Sequence[Setting]) -> Iterator[Rung]:
-        """Yield the outcome of each rung; the one at work when a stop comes in is interrupted."""
-        by_size = {setting.micro_batch_size: setting for setting in ladder}
-        at_work = list(ladder)
+    def _climb(self, trial: Trial, ladder: Sequence[Setting]) -> None:
+        """Learn from rung after rung; the one at work when a stop comes in is interrupted."""
+        at_work = {setting.micro_batch_size: setting for setting in ladder}
         try:
             with contextlib.closing(self._prober.probe(self._site.request(ladder))) as answers:
                 for answer in answers:
-                    setting = by_size[answer.micro_batch_size]
-                    at_work.remove(setting)
-                    yield self._rung(setting, answer)
+                    self._learn(self._rung(at_work.pop(answer.micro_batch_size), answer))
+                    if self._is_enough(trial, answer):
+                        return
         except (InterruptedRunError, KeyboardInterrupt):
-            if at_work:
-                outcome = Interrupted(evidence="the run was stopped from outside")
-                self._learn(self._as_rung(at_work[0], outcome, 0.0))
+            outcome = Interrupted(evidence="the run was stopped from outside")
+            for setting in list(at_work.values())[:1]:
+                self._learn(self._as_rung(setting, outcome, 0.0))
             raise
+
+    def _is_enough(self, trial: Trial, answer: RungMeasurement | RungFailure) -> bool:
+        speeds = self.search.speeds(Structure(**trial.params))
+        if isinstance(answer, RungMeasurement):
+            trial.report(speeds[answer.micro_batch_size], answer.micro_batch_size)
+        return trial.should_prune() or self._out_of_time()
+
+    def _tell(self, trial: Trial, structure: Structure) -> None:
+        speeds = self.search.speeds(structure)
+        trial.set_user_attr(OUTCOMES, self.search.outcomes(structure))
+        if speeds:
+            self.study.tell(trial, max(speeds.values()))
+        else:
+            self.study.tell(trial, state=TrialState.FAIL)
 
     def _rung(self, setting: Setting, answer: RungMeasurement | RungFailure) -> Rung:
         if isinstance(answer, RungFailure):
@@ -163,24 +165,7 @@ class Tuner:
         self.search.learn(rung)
         _log.info("%s: %s", rung.setting.label(), describe(rung))
 
-    def _stop_if_all_die_alike(self) -> None:
-        deaths = [
-            rung.outcome
-            for rung in self.search.rungs
-            if not isinstance(rung.outcome, Measured | OutOfMemory | Interrupted)
-        ]
-        measured = any(isinstance(rung.outcome, Measured) for rung in self.search.rungs)
-        kinds = {outcome.kind for outcome in deaths}
-        if measured or len(deaths) < _ALIKE_BEFORE_GIVING_UP or len(kinds) > 1:
-            return
-        last = deaths[-1]
-        msg = (
-            f"{len(deaths)} probes in a row ended alike ({last.kind}), whatever their setting; "
-            f"this is a fault of the set-up. The last one:\n{describe_death(last)}"
-        )
-        raise SetupFaultError(msg)
-
-    def _tuned(self, probes: int, stopped_by: str) -> Tuned:
+    def _tuned(self, stopped_by: str) -> Tuned:
         default = next(
             (
                 rung
@@ -193,7 +178,7 @@ class Tuner:
             best=self.search.best(),
             default=default,
             rungs=tuple(self.search.rungs),
-            probes=probes,
+            probes=len(self.search.probed),
             stopped_by=stopped_by,
         )
 
@@ -207,13 +192,6 @@ def describe(rung: Rung) -> str:
             f"peak {format_bytes(outcome.peak_bytes)}, measured in {rung.seconds:.1f} s"
         )
     return outcome.kind.replace("_", " ")
-
-
-def describe_death(outcome: object) -> str:
-    """Return the reason and the last lines that a probe left."""
-    reason = getattr(outcome, "reason", "")
-    evidence = getattr(outcome, "evidence", "")
-    return "\n".join(part for part in (reason, evidence) if part)
 
 
 def write_study(study: optuna.Study, path: Path) -> None:

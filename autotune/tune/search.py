@@ -12,7 +12,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune.outcome import Measured, Rung
+from autotune.outcome import Interrupted, Measured, Rung
 from autotune.plan import Plan
 from autotune.setting import Setting, Structure
 from autotune.tune.beliefs import Beliefs, update
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 _WORTH_A_PROBE = 0.01
 """Expected gain over the best, as a share of it, below which no further probe is started."""
 
+_WORTH_A_RUNG = 0.005
+"""The same for a rung of a running probe, which costs less as nothing has to be started."""
+
+OUTCOMES = "outcomes"
+"""User attribute of a trial: what each micro-batch size ended in."""
+
 
 class Search:
     """What is known so far and what follows from it; shared by sampler and pruner."""
@@ -31,54 +37,82 @@ class Search:
         self.plan = plan
         self.rungs = list(rungs)
         self.default = default_setting(plan)
+        self.beliefs: Beliefs = update(plan, rungs)
 
     def learn(self, rung: Rung) -> None:
         self.rungs.append(rung)
+        self.beliefs = update(self.plan, self.rungs)
 
     @property
-    def beliefs(self) -> Beliefs:
-        return update(self.plan, self.rungs)
+    def probed(self) -> list[Structure]:
+        """Return the structures that were begun, in order."""
+        return list(dict.fromkeys(rung.setting.structure for rung in self.rungs))
 
     def next_structure(self) -> Structure | None:
         """Return the structure to probe next, or None when no probe is worth it any more.
 
-        The default setting's structure comes first, so that the result can say what was gained.
+        A ladder that was cut short, by a stop or a kill, is climbed to its end first. The default
+        setting's structure is the first of all, so that the result can say what was gained.
         """
-        beliefs = self.beliefs
-        if not any(rung.setting.structure == self.default.structure for rung in self.rungs):
+        if (begun := self._cut_short()) is not None:
+            return begun
+        if self.default.structure not in self.probed:
             return self.default.structure
-        improvement = beliefs.expected_improvement()
+        improvement = self.beliefs.expected_improvement()
         best = int(np.argmax(improvement))
         if improvement[best] < _WORTH_A_PROBE:
             return None
         return self.plan.space.setting(best).structure
 
+    def _cut_short(self) -> Structure | None:
+        """Return the last structure, if a probe of it would not have ended where it did."""
+        if not self.rungs or not isinstance(self.rungs[-1].outcome, Measured | Interrupted):
+            return None
+        last = self.rungs[-1].setting.structure
+        return last if self.should_go_on(last) else None
+
     def ladder(self, structure: Structure) -> list[Setting]:
-        """Return the rungs to climb, ascending.
+        """Return the rungs to climb, ascending, as far as `should_go_on` says."""
+        return [self.plan.space.setting(int(row)) for row in self._rows_ahead(structure)]
+
+    def should_go_on(self, structure: Structure) -> bool:
+        """Whether a rung further up may still win, or shows where the device's wall is.
 
         The default's structure is climbed past what the estimate says can fit: the device's own
         word on where its wall is corrects the estimate for every other structure.
         """
-        rows, beliefs = self._rows(structure), self.beliefs
-        worth = beliefs.possible if structure == self.default.structure else beliefs.open_rows
-        return [self.plan.space.setting(int(row)) for row in rows if worth[row]]
-
-    def should_go_on(self, structure: Structure) -> bool:
-        """Whether a rung further up may still win, or shows where the device's wall is."""
-        rows = self._rows(structure)
-        if structure == self.default.structure and not self.plan.fits[rows].all():
+        ahead = self._rows_ahead(structure)
+        if structure == self.default.structure and not self.plan.fits[ahead].all():
             return True
-        beliefs = self.beliefs
-        return beliefs.chance_to_win(rows[beliefs.open_rows[rows]])
+        improvement = self.beliefs.expected_improvement()[ahead]
+        return bool(improvement.max(initial=0.0) >= _WORTH_A_RUNG)
+
+    def speeds(self, structure: Structure) -> dict[int, float]:
+        """Return tokens a second by micro-batch size, as far as measured."""
+        return {
+            rung.setting.micro_batch_size: rung.outcome.tokens_per_s
+            for rung in self.rungs
+            if rung.setting.structure == structure and isinstance(rung.outcome, Measured)
+        }
+
+    def outcomes(self, structure: Structure) -> dict[str, str]:
+        """Return the kind of outcome by micro-batch size."""
+        return {
+            str(rung.setting.micro_batch_size): rung.outcome.kind
+            for rung in self.rungs
+            if rung.setting.structure == structure
+        }
 
     def best(self) -> Rung | None:
         """Return the fastest measured rung."""
         measured = [rung for rung in self.rungs if isinstance(rung.outcome, Measured)]
         return max(measured, key=_speed, default=None)
 
-    def _rows(self, structure: Structure) -> "NDArray[np.int64]":
-        place = self.plan.space.structures.index(structure)
-        return np.flatnonzero(self.plan.space.structure_index == place)
+    def _rows_ahead(self, structure: Structure) -> "NDArray[np.int64]":
+        """Return the rows of a structure that were not tried and are not known to be impossible."""
+        space = self.plan.space
+        place = space.structures.index(structure)
+        return np.flatnonzero(self.beliefs.possible & (space.structure_index == place))
 
 
 def _speed(rung: Rung) -> float:
@@ -159,29 +193,18 @@ def new_study(search: Search) -> Study:
         sampler=PriorSampler(search),
         pruner=CannotWinPruner(search),
     )
-    for structure in dict.fromkeys(rung.setting.structure for rung in search.rungs):
-        rungs = [rung for rung in search.rungs if rung.setting.structure == structure]
-        study.add_trial(_as_trial(structure, rungs, distributions(search.plan)))
+    for structure in search.probed:
+        study.add_trial(_as_trial(structure, search))
     return study
 
 
-def _as_trial(
-    structure: Structure, rungs: Sequence[Rung], knobs: dict[str, BaseDistribution]
-) -> FrozenTrial:
-    speeds = {
-        rung.setting.micro_batch_size: rung.outcome.tokens_per_s
-        for rung in rungs
-        if isinstance(rung.outcome, Measured)
-    }
+def _as_trial(structure: Structure, search: Search) -> FrozenTrial:
+    speeds = search.speeds(structure)
     return optuna.trial.create_trial(
         params=asdict(structure),
-        distributions=knobs,
-        value=max(speeds.values()) if speeds else None,
+        distributions=distributions(search.plan),
+        value=max(speeds.values(), default=None),
         state=TrialState.COMPLETE if speeds else TrialState.FAIL,
         intermediate_values=speeds,
-        user_attrs={"outcomes": _outcomes(rungs)},
+        user_attrs={OUTCOMES: search.outcomes(structure)},
     )
-
-
-def _outcomes(rungs: Sequence[Rung]) -> dict[str, str]:
-    return {str(rung.setting.micro_batch_size): rung.outcome.kind for rung in rungs}

@@ -1,0 +1,13 @@
+"""What is asked of a trace; standard library only, so that whoever asks needs no torch."""
+
+from dataclasses import dataclass
+
+from autotune.workload import Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceRequest:
+    model_dir: str
+    trust_remote_code: bool
+    attention: str
+    precision: Precision

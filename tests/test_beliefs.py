@@ -1,0 +1,254 @@
+"""What is believed after outcomes: they correct what they say something of, and nothing else."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import as_rung, make_cluster, make_job, measured, plan_for
+
+from autotune.memory import PARTS
+from autotune.outcome import (
+    Crashed,
+    Interrupted,
+    Outcome,
+    OutOfMemory,
+    Rung,
+    TimedOut,
+    Unknown,
+)
+from autotune.plan import Plan
+from autotune.setting import Structure
+from autotune.throughput import Floats
+from autotune.tune.beliefs import Beliefs, update
+from autotune.units import GIB
+
+PLAN = plan_for(make_cluster(gpus=4, memory_bytes=24 * GIB), job=make_job(global_batch_size=64))
+OUT_OF_MEMORY = OutOfMemory(where="device", evidence="torch.OutOfMemoryError")
+rows = st.integers(0, len(PLAN.space) - 1)
+
+
+def row_of(stage: int, size: int, *, checkpointing: str = "none", offload: str = "none") -> int:
+    structure = replace(Structure(zero_stage=stage), checkpointing=checkpointing)
+    if offload == "cpu":
+        structure = replace(structure, offload_optimizer="cpu")
+    row = PLAN.row_of(structure.with_micro_batch(size, 4, 64))
+    assert row is not None
+    return row
+
+
+def rung(row: int, outcome: Outcome) -> Rung:
+    return as_rung(PLAN.space.setting(row), outcome)
+
+
+def as_estimated(row: int, *, speed: float = 1.0, memory: float = 1.0) -> Rung:
+    """Return a rung measured at these factors of its estimates."""
+    peak_bytes = int(memory * PLAN.memory.device_bytes[row])
+    return rung(row, measured(speed * float(PLAN.tokens_per_s[row]), peak_bytes=peak_bytes))
+
+
+def after(*rungs: Rung, plan: Plan = PLAN) -> Beliefs:
+    return update(plan, rungs)
+
+
+def same(one: Beliefs, two: Beliefs) -> bool:
+    return (
+        np.array_equal(one.log_tokens_per_s, two.log_tokens_per_s)
+        and np.array_equal(one.log_sd, two.log_sd)
+        and np.array_equal(one.possible, two.possible)
+        and np.array_equal(one.open_rows, two.open_rows)
+        and one.best_tokens_per_s == two.best_tokens_per_s
+    )
+
+
+def corrections(beliefs: Beliefs) -> Floats:
+    """Return believed over predicted speed."""
+    factors: Floats = np.exp(beliefs.log_tokens_per_s) / PLAN.tokens_per_s
+    return factors
+
+
+def test_before_any_outcome_the_plan_is_believed() -> None:
+    beliefs = after()
+    assert corrections(beliefs) == pytest.approx(np.ones(len(PLAN.space)))
+    assert (beliefs.log_sd > 0.5).all()
+    assert beliefs.possible.all()
+    assert (beliefs.open_rows == PLAN.kept).all()
+    assert beliefs.best_tokens_per_s == 0
+
+
+@given(rows, st.floats(0.2, 5.0))
+def test_what_was_measured_is_believed_nearly_as_measured(row: int, speed: float) -> None:
+    beliefs = after(as_estimated(row, speed=speed))
+    assert corrections(beliefs)[row] == pytest.approx(speed, rel=0.01)
+    assert beliefs.log_sd[row] < 0.1
+
+
+@given(rows, st.floats(1.2, 5.0))
+def test_a_slow_machine_is_expected_to_be_slow_for_every_setting(row: int, factor: float) -> None:
+    assert (corrections(after(as_estimated(row, speed=1 / factor))) < 1).all()
+    assert (corrections(after(as_estimated(row, speed=factor))) > 1).all()
+
+
+def test_a_knob_that_disappoints_is_blamed_where_it_is_turned() -> None:
+    plain, full = row_of(1, 2), row_of(1, 2, checkpointing="full")
+    factors = corrections(after(as_estimated(plain), as_estimated(full, speed=0.5)))
+    is_full = PLAN.space.column("checkpointing") == "full"
+    assert factors[is_full].max() < factors[~is_full].min()
+
+
+@given(st.lists(rows, min_size=1, max_size=6, unique=True))
+def test_to_know_more_never_makes_less_sure(tried: Sequence[int]) -> None:
+    fewer = after(*map(as_estimated, tried[:-1]))
+    more = after(*map(as_estimated, tried))
+    assert (more.log_sd <= fewer.log_sd + 1e-9).all()
+
+
+@given(st.lists(rows, min_size=2, max_size=6, unique=True))
+def test_the_order_of_outcomes_does_not_matter(tried: Sequence[int]) -> None:
+    speeds = [as_estimated(row, speed=1 + place / 10) for place, row in enumerate(tried)]
+    forwards, backwards = after(*speeds), after(*reversed(speeds))
+    assert forwards.log_tokens_per_s == pytest.approx(backwards.log_tokens_per_s)
+    assert (forwards.open_rows == backwards.open_rows).all()
+
+
+def test_over_nothing_the_improvement_is_the_expected_speed() -> None:
+    improvement = after().expected_improvement()
+    assert improvement == pytest.approx(np.where(PLAN.kept, PLAN.tokens_per_s, 0.0))
+
+
+@given(st.lists(rows, min_size=1, max_size=4, unique=True))
+def test_improvement_is_that_of_a_normal_belief(tried: Sequence[int]) -> None:
+    beliefs = after(*map(as_estimated, tried))
+    improvement = beliefs.expected_improvement()
+    assert (improvement >= 0).all()
+    assert (improvement[~beliefs.open_rows] == 0).all()
+    points = np.linspace(-8, 8, 4001)
+    weights = np.exp(-0.5 * points**2) / math.sqrt(2 * math.pi) * (points[1] - points[0])
+    for row in np.flatnonzero(beliefs.open_rows)[:5]:
+        speeds = beliefs.log_tokens_per_s[row] + beliefs.log_sd[row] * points
+        gains = np.maximum(0.0, speeds - math.log(beliefs.best_tokens_per_s))
+        assert improvement[row] == pytest.approx(float(gains @ weights), abs=1e-5)
+
+
+@given(rows)
+def test_an_out_of_memory_ends_what_needs_as_much_in_every_term_and_nothing_else(row: int) -> None:
+    terms = np.stack([getattr(PLAN.memory, part) for part in PARTS])
+    as_much = [bool((terms[:, other] >= terms[:, row]).all()) for other in range(len(PLAN.space))]
+    assert after(rung(row, OUT_OF_MEMORY)).possible.tolist() == [not each for each in as_much]
+    assert as_much[row]
+
+
+def test_an_out_of_memory_ends_larger_micro_batches_and_less_offload() -> None:
+    possible = after(rung(row_of(1, 4, offload="cpu"), OUT_OF_MEMORY)).possible
+    assert not possible[row_of(1, 8, offload="cpu")]
+    assert not possible[row_of(1, 4)]
+    assert possible[row_of(1, 2, offload="cpu")]
+    assert possible[row_of(1, 4, offload="cpu", checkpointing="full")]
+
+
+def test_host_memory_that_ran_out_ends_only_what_needs_as_much_of_the_host() -> None:
+    host = OutOfMemory(where="host", evidence="the kernel killed a rank for memory")
+    possible = after(rung(row_of(1, 4, offload="cpu"), host)).possible
+    assert not possible[row_of(1, 4, offload="cpu")]
+    assert not possible[row_of(1, 8, offload="cpu")]
+    assert possible[row_of(1, 4)]
+    assert possible[row_of(1, 8)]
+
+
+def test_host_memory_that_ran_out_on_a_cpu_is_the_devices() -> None:
+    plan = plan_for(make_cluster(memory_bytes=64 * GIB))
+    setting = Structure(zero_stage=1).with_micro_batch(4, 2, 32)
+    host = OutOfMemory(where="host", evidence="the kernel killed a rank for memory")
+    on_host, on_device = (
+        update(plan, [as_rung(setting, outcome)]).possible for outcome in (host, OUT_OF_MEMORY)
+    )
+    assert (on_host == on_device).all()
+    assert not on_host.all()
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Crashed(reason="no", evidence=""),
+        TimedOut(phase="build", seconds=900.0, evidence=""),
+        Unknown(exit_code=0, evidence=""),
+    ],
+    ids=lambda outcome: str(outcome.kind),
+)
+@given(row=rows)
+def test_a_death_ends_its_structure_and_nothing_else(outcome: Outcome, row: int) -> None:
+    beliefs = after(rung(row, outcome))
+    other = PLAN.space.structure_index != PLAN.space.structure_index[row]
+    assert (beliefs.possible == other).all()
+    assert (beliefs.open_rows == (other & PLAN.kept)).all()
+
+
+def test_an_interruption_says_nothing() -> None:
+    before = as_estimated(row_of(0, 1))
+    stopped = rung(row_of(1, 1), Interrupted(evidence="stopped"))
+    assert same(after(before, stopped), after(before))
+    assert same(after(stopped), after())
+
+
+def test_of_a_setting_tried_twice_the_last_outcome_counts() -> None:
+    row = row_of(2, 2)
+    crashed = rung(row, Crashed(reason="no", evidence=""))
+    assert same(after(crashed, as_estimated(row)), after(as_estimated(row)))
+
+
+def test_a_setting_that_is_not_of_the_plan_says_nothing() -> None:
+    foreign = Structure(zero_stage=1).with_micro_batch(32, 4, 128)
+    assert PLAN.row_of(foreign) is None
+    assert same(after(as_rung(foreign, OUT_OF_MEMORY)), after())
+
+
+def test_a_setting_that_was_tried_is_not_open_again() -> None:
+    row = row_of(3, 1)
+    assert after().open_rows[row]
+    assert not after(as_estimated(row)).open_rows[row]
+
+
+def test_peaks_as_estimated_leave_open_what_the_plan_keeps() -> None:
+    row = row_of(3, 1)
+    beliefs = after(as_estimated(row))
+    assert (beliefs.open_rows == (PLAN.kept & beliefs.possible)).all()
+
+
+def test_peaks_above_the_estimate_close_what_would_be_too_large() -> None:
+    beliefs = after(as_estimated(row_of(3, 1), memory=1.4))
+    closed = PLAN.kept & beliefs.possible & ~beliefs.open_rows
+    assert closed.any()
+    smallest = PLAN.memory.device_bytes[closed].min()
+    assert 1.3 * smallest > PLAN.budget_bytes
+
+
+def test_peaks_below_the_estimate_open_what_the_plan_rejects() -> None:
+    beliefs = after(as_estimated(row_of(3, 1), memory=0.6))
+    opened = ~PLAN.kept & beliefs.open_rows
+    assert opened.any()
+    assert 0.5 * PLAN.memory.device_bytes[opened].max() < PLAN.budget_bytes
+
+
+def test_a_peak_that_could_not_be_read_corrects_nothing() -> None:
+    row = row_of(3, 1)
+    beliefs = after(rung(row, measured(float(PLAN.tokens_per_s[row]), peak_bytes=0)))
+    assert (beliefs.open_rows == (PLAN.kept & beliefs.possible)).all()
+
+
+def test_an_out_of_memory_where_much_was_left_closes_others_that_need_about_as_much() -> None:
+    row = row_of(3, 1, offload="cpu")
+    need = PLAN.memory.device_bytes
+    assert need[row] < 0.6 * PLAN.budget_bytes
+    beliefs = after(rung(row, OUT_OF_MEMORY))
+    assert not beliefs.open_rows[need > PLAN.budget_bytes].any()
+    assert beliefs.open_rows.sum() < (PLAN.kept & beliefs.possible).sum()
+
+
+def test_an_out_of_memory_that_was_expected_corrects_nothing() -> None:
+    row = row_of(0, 16)
+    assert PLAN.memory.device_bytes[row] > 1.15 * PLAN.budget_bytes
+    beliefs = after(rung(row, OUT_OF_MEMORY))
+    assert (beliefs.open_rows == (PLAN.kept & beliefs.possible)).all()

@@ -1,0 +1,218 @@
+"""Stops from outside: nothing is left running, nothing that was learned is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import autotune
+
+JOB = ("--devices", "2", "--global-batch-size", "16", "--max-probes", "2", "--max-steps", "12")
+LIMIT_S = 240
+_MARK = "AUTOTUNE_TEST_RUN"
+
+
+class Controller:
+    """A run in the background; all its processes carry a mark in their environment."""
+
+    def __init__(self, workplace: Path, dataset: Path) -> None:
+        self.arguments = ["run", "--dataset", str(dataset), *JOB, "--run-dir", "run"]
+        self.run_dir = workplace / "run"
+        self._workplace = workplace
+        self._mark = uuid.uuid4().hex
+        self.process = self._start()
+
+    def _start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [Path(sys.executable).parent / "autotune", *self.arguments],
+            cwd=self._workplace,
+            env={**os.environ, _MARK: self._mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Its own group, as a shell gives it, for signals as a terminal sends them.
+            start_new_session=True,
+        )
+
+    def start_again(self) -> None:
+        self.process = self._start()
+
+    def wait_for(self, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not reached():
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline, "it takes too long"
+            time.sleep(0.05)
+
+    def stop(self, send: Callable[[], None]) -> str:
+        """Send a signal and wait for the end, 30 s at most; returns what was said."""
+        send()
+        _, stderr = self.process.communicate(timeout=30)
+        return stderr
+
+    def finish(self) -> None:
+        _, stderr = self.process.communicate(timeout=LIMIT_S)
+        assert self.process.returncode == 0, stderr
+
+    def members(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if self._is_member(process)]
+
+    def _is_member(self, process: psutil.Process) -> bool:
+        try:
+            environment = process.environ()
+            alive = process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+        return alive and environment.get(_MARK) == self._mark
+
+    def rungs(self) -> list[dict[str, Any]]:
+        return json_lines(self.run_dir / "probes.jsonl")
+
+    def steps(self) -> list[int]:
+        return [line["step"] for line in json_lines(self.run_dir / "training" / "metrics.jsonl")]
+
+    def document(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.run_dir / name).read_text())
+        return content
+
+    def clear_up(self) -> None:
+        for process in self.members():
+            process.kill()
+        self.process.wait()
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
+
+
+@pytest.fixture
+def controller(tmp_path: Path, short_rows: Path) -> Iterator[Controller]:
+    controller = Controller(tmp_path, short_rows)
+    yield controller
+    controller.clear_up()
+
+
+def assert_stopped(controller: Controller, said: str, name: str) -> None:
+    """Check that a run has ended in good order and says that it can go on."""
+    assert controller.process.returncode == 75, said
+    assert controller.members() == []
+    last = said.splitlines()[-1]
+    assert name in last
+    assert "same command" in last
+    assert "Traceback" not in said
+    assert controller.document("status.json")["phase"] == "stopped"
+    result = controller.document("result.json")
+    assert (result["exit_code"], result["exit_reason"]) == (75, "InterruptedRunError")
+
+
+def assert_finished_without_repeating(controller: Controller) -> None:
+    measured = Counter(
+        (json.dumps(rung["structure"], sort_keys=True), rung["micro_batch_size"])
+        for rung in controller.rungs()
+        if rung["outcome"]["kind"] == "measured"
+    )
+    result = controller.document("result.json")
+    assert set(measured.values()) == {1}
+    assert result["exit_reason"] == "trained"
+    assert result["gain_over_default"] >= 1
+    assert result["training"]["steps"] == 12
+    assert controller.steps() == list(range(1, 13))
+    assert controller.members() == []
+
+
+def test_stopped_while_probing_and_while_training_it_goes_on(controller: Controller) -> None:
+    controller.wait_for(lambda: bool(controller.rungs()))
+    held = autotune(*controller.arguments, cwd=controller.run_dir.parent)
+    assert held.returncode == 73
+    assert f"process {controller.process.pid}" in held.stderr
+    said = controller.stop(lambda: os.killpg(controller.process.pid, signal.SIGINT))
+    assert_stopped(controller, said, "SIGINT")
+    probed = controller.rungs()
+
+    controller.start_again()
+    controller.wait_for(lambda: len(controller.steps()) >= 4)
+    assert controller.rungs()[: len(probed)] == probed
+    emitted = (controller.run_dir / "ds_config.json").read_bytes()
+    said = controller.stop(controller.process.terminate)
+    assert_stopped(controller, said, "SIGTERM")
+
+    controller.start_again()
+    controller.finish()
+    assert_finished_without_repeating(controller)
+    assert (controller.run_dir / "ds_config.json").read_bytes() == emitted
+
+
+def test_no_rank_survives_a_controller_that_is_killed_while_probing(
+    controller: Controller,
+) -> None:
+    controller.wait_for(lambda: bool(controller.rungs()))
+    assert len(controller.members()) > 2
+
+    controller.process.kill()
+    controller.process.wait()
+
+    _, alive = psutil.wait_procs(controller.members(), timeout=5)
+    assert alive == []
+
+
+@pytest.mark.slow
+def test_no_rank_survives_a_controller_that_is_killed_while_training(
+    controller: Controller,
+) -> None:
+    controller.wait_for(lambda: len(controller.steps()) >= 4)
+    controller.process.kill()
+    controller.process.wait()
+    _, alive = psutil.wait_procs(controller.members(), timeout=10)
+    assert alive == []
+
+    controller.start_again()
+    controller.finish()
+    assert_finished_without_repeating(controller)
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_sigterm_while_probing_and_sigint_while_training(
+    controller: Controller,
+) -> None:
+    controller.wait_for(lambda: bool(controller.rungs()))
+    assert_stopped(controller, controller.stop(controller.process.terminate), "SIGTERM")
+
+    controller.start_again()
+    controller.wait_for(lambda: len(controller.steps()) >= 1)
+    said = controller.stop(lambda: os.killpg(controller.process.pid, signal.SIGINT))
+    assert_stopped(controller, said, "SIGINT")
+
+    controller.start_again()
+    controller.finish()
+    assert_finished_without_repeating(controller)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["detect", "profile", "tune", "emit"])
+def test_a_stop_in_any_phase_leaves_nothing_behind(controller: Controller, phase: str) -> None:
+    status = controller.run_dir / "status.json"
+    order = ["detect", "profile", "tune", "emit", "train", "stopped", "done"]
+    controller.wait_for(
+        lambda: (
+            status.exists()
+            and order.index(controller.document("status.json")["phase"]) >= order.index(phase)
+        )
+    )
+
+    assert_stopped(controller, controller.stop(controller.process.terminate), "SIGTERM")

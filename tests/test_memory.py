@@ -1,0 +1,156 @@
+"""The memory estimate: its parts, and what may never make it smaller."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import make_cluster, make_job, make_profile
+
+from autotune.memory import PARTS, Floats, MemoryEstimate, estimate_memory
+from autotune.space import Space, enumerate_space
+from autotune.workload import ModelProfile, Polynomial, Precision, Trace
+
+STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+MIB = 1024 * 1024
+
+
+def estimate(
+    *,
+    gpus: int = 4,
+    precision: Precision = "bf16",
+    longest: int = 512,
+    profile: ModelProfile | None = None,
+) -> tuple[Space, MemoryEstimate]:
+    cluster = make_cluster(gpus=gpus)
+    space = enumerate_space(cluster, 16 * cluster.num_devices)
+    job = make_job(precision=precision)
+    return space, estimate_memory(space, profile or make_profile(), job, cluster, longest)
+
+
+def states_of(space: Space, memory: MemoryEstimate, stage: int, *, offload: str = "none") -> float:
+    """Return the resident model states of a stage, at any micro-batch size."""
+    rows = (space.column("zero_stage") == stage) & (space.column("offload_optimizer") == offload)
+    states: Floats = sum(getattr(memory, name) for name in STATES)
+    (one,) = set(states[rows].tolist())
+    return float(one)
+
+
+coefficients = st.floats(0, 1e7)
+polynomials = st.builds(Polynomial, c0=coefficients, c1=coefficients, c2=st.floats(0, 1e4))
+traces = st.builds(
+    Trace,
+    activations_bytes=polynomials,
+    logits_bytes=polynomials,
+    flops=polynomials,
+    operators=st.just(1.0),
+)
+profiles = st.builds(
+    lambda plain, full, parameters: make_profile(
+        parameters=parameters,
+        trainable_parameters=parameters,
+        traces=(("none", plain), ("full", full)),
+    ),
+    traces,
+    traces,
+    st.integers(1, 10**11),
+)
+
+
+@given(profiles, st.integers(1, 8), st.integers(1, 8192))
+def test_the_parts_sum_to_what_is_allocated(profile: ModelProfile, gpus: int, longest: int) -> None:
+    space, memory = estimate(gpus=gpus, longest=longest, profile=profile)
+    for row in range(len(space)):
+        entry = memory.row(row)
+        assert sum(entry[part] for part in PARTS) == entry["allocated_bytes"]
+        assert entry["allocated_bytes"] + entry["runtime_bytes"] == entry["device_bytes"]
+        assert entry["device_bytes"] == pytest.approx(memory.device_bytes[row], abs=10, rel=1e-9)
+
+
+@given(profiles, st.integers(1, 8))
+def test_memory_never_falls_with_the_micro_batch(profile: ModelProfile, gpus: int) -> None:
+    space, memory = estimate(gpus=gpus, profile=profile)
+    for place in range(len(space.structures)):
+        rows = space.structure_index == place
+        assert (np.diff(space.micro_batch_size[rows]) > 0).all()
+        assert (np.diff(memory.device_bytes[rows]) >= 0).all()
+
+
+@given(profiles, st.integers(1, 4096), st.integers(0, 4096))
+def test_memory_never_falls_with_the_longest_row(
+    profile: ModelProfile, longest: int, more: int
+) -> None:
+    _, shorter = estimate(longest=longest, profile=profile)
+    _, longer = estimate(longest=longest + more, profile=profile)
+    assert (longer.device_bytes >= shorter.device_bytes).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@given(gpus=st.integers(2, 64))
+def test_resident_states_never_grow_from_stage_1_to_3(gpus: int, precision: Precision) -> None:
+    space, memory = estimate(gpus=gpus, precision=precision)
+    states = [states_of(space, memory, stage) for stage in (1, 2, 3)]
+    assert states == sorted(states, reverse=True)
+    assert states[2] < states[0]
+
+
+def test_mixed_precision_holds_sixteen_bytes_a_parameter_shared_out_by_stage() -> None:
+    space, memory = estimate(gpus=4)
+    a_parameter = [states_of(space, memory, stage) / 10**9 for stage in range(4)]
+    assert a_parameter == [16.0, 4 + 12 / 4, 2 + 14 / 4, 16 / 4]
+
+
+def test_fp32_keeps_a_copy_of_the_weights_only_from_stage_1_on() -> None:
+    space, memory = estimate(gpus=4, precision="fp32")
+    a_parameter = [states_of(space, memory, stage) / 10**9 for stage in range(3)]
+    assert a_parameter == [16.0, 8 + 12 / 4, 4 + 16 / 4]
+
+
+def test_an_offloaded_optimizer_is_in_host_memory_instead() -> None:
+    space, memory = estimate(gpus=4)
+    offloaded = space.column("offload_optimizer") == "cpu"
+    assert (memory.optimizer_bytes[offloaded] == 0).all()
+    assert (memory.host_bytes[offloaded] == 12e9 / 4).all()
+    assert (memory.host_bytes[~offloaded] == 0).all()
+
+
+def test_activations_are_those_of_the_longest_row_in_every_place_of_the_micro_batch() -> None:
+    space, memory = estimate(longest=1000)
+    row = next(
+        row
+        for row in range(len(space))
+        if space.setting(row).micro_batch_size == 4
+        and space.setting(row).structure.checkpointing == "none"
+    )
+    total = memory.activations_bytes[row] + memory.logits_bytes[row]
+    assert total == pytest.approx(4 * (1e6 + 4e6 * 1000 + 300 * 1000**2))
+    assert memory.logits_bytes[row] == pytest.approx(4 * 4e5 * 1000)
+
+
+def test_checkpointing_takes_less_where_the_trace_says_so() -> None:
+    space, memory = estimate()
+    full = space.column("checkpointing") == "full"
+    assert (memory.activations_bytes[full] < memory.activations_bytes[~full]).all()
+
+
+def test_a_checkpointing_mode_that_was_not_traced_is_no_free_lunch() -> None:
+    plain_only = make_profile(traces=make_profile().traces[:1])
+    with pytest.raises(KeyError, match="full"):
+        estimate(profile=plain_only)
+
+
+def test_what_is_frozen_has_neither_gradients_nor_optimizer_states() -> None:
+    _, memory = estimate(profile=replace(make_profile(), trainable_parameters=0))
+    assert memory.gradients_bytes.max() == memory.optimizer_bytes.max() == 0
+    assert memory.weights_bytes.min() > 0
+
+
+def test_a_gpu_needs_memory_that_is_no_tensor_and_a_cpu_much_less() -> None:
+    cpu = make_cluster()
+    space = enumerate_space(cpu, 32)
+    on_cpu = estimate_memory(space, make_profile(), make_job(), cpu, 512)
+    _, on_gpu = estimate(gpus=2)
+    assert on_gpu.runtime_bytes.min() > 2048 * MIB
+    assert on_cpu.runtime_bytes.min() > 48 * MIB
+    assert on_cpu.runtime_bytes[0] < on_gpu.runtime_bytes[0]

@@ -1,0 +1,178 @@
+"""The plan: nothing gets lost, and what is rejected says by which rule and numbers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import LENGTHS, RATES, make_cluster, make_job, make_profile, plan_for
+
+from autotune.plan import Plan, make_plan
+from autotune.setting import Setting
+from autotune.space import enumerate_space
+from autotune.units import GIB
+
+ENTRY = {
+    "schema",
+    "setting",
+    "memory",
+    "budget_bytes",
+    "fits",
+    "step_time_s",
+    "tokens_per_s",
+    "samples_per_s",
+    "rejected_by",
+}
+SETTING = {
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "zero_stage",
+    "offload_optimizer",
+    "offload_param",
+    "checkpointing",
+    "attention",
+    "sampling",
+}
+MEMORY = [
+    "weights_bytes",
+    "gradients_bytes",
+    "optimizer_bytes",
+    "activations_bytes",
+    "logits_bytes",
+    "buffers_bytes",
+    "other_bytes",
+    "allocated_bytes",
+    "runtime_bytes",
+    "device_bytes",
+    "host_bytes",
+]
+budgets = st.integers(1, 200).map(lambda gib: gib * GIB)
+
+
+def plan_with(budget_bytes: int, host_bytes: int = 500 * GIB) -> Plan:
+    cluster = make_cluster(gpus=2, memory_bytes=budget_bytes)
+    host = replace(cluster.host, available_bytes=host_bytes)
+    return plan_for(replace(cluster, host=host))
+
+
+@given(budgets, budgets)
+def test_every_setting_is_either_kept_or_rejected(budget: int, host: int) -> None:
+    plan = plan_with(budget, host)
+    entries = plan.listed(everything=True)
+    listed = [Setting.from_json(entry["setting"]) for entry in entries]
+    assert sorted(listed) == sorted(plan.space.setting(row) for row in range(len(plan.space)))
+    rejected = [entry for entry in entries if entry["rejected_by"]]
+    assert len(entries) - len(rejected) == plan.kept.sum()
+    assert sum(plan.rejected_by_rule().values()) == len(rejected)
+
+
+@given(budgets, budgets)
+def test_kept_settings_come_first_the_fastest_of_them_first(budget: int, host: int) -> None:
+    entries = plan_with(budget, host).listed(everything=True)
+    kept = [entry["tokens_per_s"] for entry in entries if entry["rejected_by"] is None]
+    assert kept == sorted(kept, reverse=True)
+    assert all(entry["rejected_by"] for entry in entries[len(kept) :])
+
+
+@given(budgets)
+def test_rejected_settings_come_nearest_first(budget: int) -> None:
+    entries = plan_with(budget).listed(everything=True)
+    needs = [entry["memory"]["device_bytes"] for entry in entries if entry["rejected_by"]]
+    assert needs == sorted(needs)
+
+
+@given(budgets, budgets)
+def test_what_fits_is_kept(budget: int, host: int) -> None:
+    plan = plan_with(budget, host)
+    assert (plan.kept | ~plan.fits).all()
+    for row in np.flatnonzero(plan.fits):
+        assert plan.memory.device_bytes[row] <= budget
+        assert plan.memory.host_bytes[row] * plan.space.ranks <= host
+
+
+def test_a_setting_is_kept_up_to_15_percent_over_the_budget() -> None:
+    plan = plan_with(24 * GIB)
+    between = plan.kept & ~plan.fits
+    assert between.any()
+    assert plan.memory.device_bytes[plan.kept].max() <= 1.15 * 24 * GIB
+    assert plan.memory.device_bytes[~plan.kept].min() > 1.15 * 24 * GIB
+
+
+def test_a_rejection_for_the_device_names_need_parts_and_budget() -> None:
+    plan = plan_with(16 * GIB)
+    entry = plan.listed(everything=True)[-1]
+    assert entry["rejected_by"]["rule"] == "device_memory"
+    detail = entry["rejected_by"]["detail"]
+    assert detail.startswith("needs ")
+    assert "activations" in detail
+    assert detail.endswith("16.0 GiB are there")
+
+
+def test_a_rejection_for_the_host_names_need_ranks_and_budget() -> None:
+    plan = plan_with(80 * GIB, host_bytes=4 * GIB)
+    offloaded = plan.space.column("offload_optimizer") == "cpu"
+    row = int(np.flatnonzero(offloaded)[0])
+    rejection = plan.rejection(row)
+    assert rejection is not None
+    assert rejection.rule == "host_memory"
+    # 12 bytes of each of a billion parameters, over both ranks.
+    assert rejection.detail == "needs 11.2 GiB of host memory for 2 ranks, 4.00 GiB are there"
+    assert plan.rejected_by_rule()["host_memory"] == offloaded.sum()
+
+
+def test_an_entry_has_exactly_the_keys_of_the_contract() -> None:
+    for entry in plan_with(16 * GIB).listed():
+        assert entry.keys() == ENTRY
+        assert entry["schema"] == 1
+        assert entry["setting"].keys() == SETTING
+        assert list(entry["memory"]) == MEMORY
+        assert entry["rejected_by"] is None or entry["rejected_by"].keys() == {"rule", "detail"}
+
+
+def test_an_entry_is_json_as_it_is() -> None:
+    entries = plan_with(16 * GIB).listed()
+    assert json.loads(json.dumps(entries, allow_nan=False)) == entries
+
+
+def test_a_list_holds_all_kept_settings_and_the_nearest_rejected_ones() -> None:
+    plan = plan_with(20 * GIB)
+    entries = plan.listed()
+    kept = int(plan.kept.sum())
+    assert len(plan.space) > kept + 20 == len(entries)
+    assert entries == plan.listed(everything=True)[: kept + 20]
+
+
+@given(st.data())
+def test_a_setting_is_found_by_what_it_is(data: st.DataObject) -> None:
+    plan = plan_with(80 * GIB)
+    row = data.draw(st.integers(0, len(plan.space) - 1))
+    setting = plan.space.setting(row)
+    assert plan.row_of(setting) == row
+    assert plan.row_of(replace(setting, gradient_accumulation_steps=999)) is None
+
+
+def test_memory_is_that_of_the_longest_row_of_the_data() -> None:
+    cluster, job = make_cluster(gpus=2), make_job()
+    space = enumerate_space(cluster, job.global_batch_size)
+    some = make_plan(space, make_profile(), job, cluster, RATES, LENGTHS)
+    one_longer = np.append(LENGTHS, 2 * LENGTHS.max())
+    more = make_plan(space, make_profile(), job, cluster, RATES, one_longer)
+    assert (more.memory.device_bytes > some.memory.device_bytes).all()
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_samples_and_tokens_a_second_are_those_of_the_step_time(gpus: int) -> None:
+    plan = plan_for(make_cluster(gpus=gpus))
+    assert plan.samples_per_s * plan.step_time_s == pytest.approx(np.full(len(plan.space), 32.0))
+    # All 1024 rows make whole steps of 32, so tokens a sample are the mean length.
+    assert plan.tokens_per_s / plan.samples_per_s == pytest.approx(
+        np.full(len(plan.space), LENGTHS.mean())
+    )
+
+
+def test_recomputation_is_predicted_to_be_slower_at_the_same_micro_batch() -> None:
+    plan = plan_for(make_cluster(gpus=2))
+    full = plan.space.column("checkpointing") == "full"
+    assert (plan.tokens_per_s[full] < plan.tokens_per_s[~full]).all()

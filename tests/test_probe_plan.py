@@ -1,0 +1,73 @@
+"""The rows that a rung is tried on: the longest for memory, real padded lengths for time."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.probe.plan import plan_rung
+from autotune.probe.protocol import RungPlan
+from autotune.throughput import Ints, draw_order, padded_lengths
+
+datasets = st.lists(st.integers(1, 3000), min_size=1, max_size=80).map(
+    lambda lengths: np.array(lengths, dtype=np.int64)
+)
+sizes = st.integers(1, 16)
+
+
+def rung_of(lengths: Ints, size: int) -> RungPlan:
+    return plan_rung(lengths, draw_order(len(lengths), 0), size, 2)
+
+
+@given(datasets, sizes)
+def test_memory_is_tried_on_the_longest_rows_there_are(lengths: Ints, size: int) -> None:
+    rows = rung_of(lengths, size).memory_rows
+    found = sorted((int(lengths[row]) for row in set(rows)), reverse=True)
+    assert found == sorted(lengths.tolist(), reverse=True)[:size]
+    assert len(rows) == size
+
+
+@given(datasets, sizes)
+def test_every_micro_batch_has_its_size_and_is_padded_to_its_length(
+    lengths: Ints, size: int
+) -> None:
+    for target, rows in rung_of(lengths, size).timed_rows:
+        assert len(rows) == size
+        assert max(int(lengths[row]) for row in rows) == target
+
+
+@given(datasets, sizes)
+def test_lengths_are_timed_from_short_to_the_longest_each_once(lengths: Ints, size: int) -> None:
+    timed = [target for target, _ in rung_of(lengths, size).timed_rows]
+    assert timed == sorted(set(timed))
+    assert timed[-1] == lengths.max()
+
+
+@given(datasets, sizes)
+def test_timed_lengths_span_what_training_will_draw(lengths: Ints, size: int) -> None:
+    padded = padded_lengths(lengths, draw_order(len(lengths), 0), size)
+    timed = [target for target, _ in rung_of(lengths, size).timed_rows]
+    assert timed[0] == padded.min()
+
+
+@given(datasets, sizes)
+def test_no_row_is_used_twice_where_there_are_enough(lengths: Ints, size: int) -> None:
+    rung = rung_of(lengths, size)
+    for target, rows in (*rung.timed_rows, (int(lengths.max()), rung.memory_rows)):
+        enough = (lengths <= target).sum() >= size
+        assert len(set(rows)) == size if enough else set(rows) <= set(range(len(lengths)))
+
+
+def test_rows_of_one_length_are_timed_once() -> None:
+    rung = rung_of(np.full(10, 64), 4)
+    assert [target for target, _ in rung.timed_rows] == [64]
+
+
+def test_a_dataset_smaller_than_the_micro_batch_repeats_its_rows() -> None:
+    rung = rung_of(np.array([5, 7]), 5)
+    assert rung.memory_rows == (1, 0, 1, 0, 1)
+
+
+def test_three_lengths_stand_for_a_spread_dataset() -> None:
+    rung = rung_of(np.arange(20, 900), 2)
+    (shortest, middle, longest) = (target for target, _ in rung.timed_rows)
+    assert 20 < shortest < 200 < middle < 800 < longest == 899

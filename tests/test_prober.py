@@ -1,0 +1,210 @@
+"""LocalProber with real ranks: what it measures, and what it makes of ranks that come to harm."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import write_rows
+
+from autotune import builtin, intake
+from autotune.config import Layer, resolve
+from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut
+from autotune.probe.local import LocalProber
+from autotune.probe.protocol import ProbeRequest, RungFailure, RungMeasurement
+from autotune.setting import Structure
+from autotune.tune.site import JobSite
+
+RANKS, GLOBAL_BATCH = 2, 16
+MIB = 2**20
+
+Answers = Generator[RungMeasurement | RungFailure]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> JobSite:
+    """Return a job on two ranks whose rows are some 150 tokens long."""
+    directory = tmp_path_factory.mktemp("site")
+    pairs = [
+        (f"Count on from {first}.", " ".join(map(str, range(first, first + 50))))
+        for first in range(100, 124)
+    ]
+    data = write_rows(directory / "data.jsonl", pairs)
+    given = {"dataset": data, "devices": RANKS, "global_batch_size": GLOBAL_BATCH}
+    question = intake.ask(resolve([Layer("test", {k: str(v) for k, v in given.items()})]))
+    intake.start_processes(question.cluster)
+    workload = intake.look_into(question, dataset_dir=directory / "dataset", logs=directory)
+    return JobSite(
+        job=workload.job,
+        cluster=question.cluster,
+        profile=workload.profile,
+        lengths_of_rows=workload.lengths,
+        dataset_dir=directory / "dataset",
+        scratch_dir=directory,
+        total_steps=4,
+    )
+
+
+def request_of(site: JobSite, sizes: Sequence[int], zero_stage: int = 0) -> ProbeRequest:
+    structure = Structure(zero_stage=zero_stage)
+    return site.request([structure.with_micro_batch(m, RANKS, GLOBAL_BATCH) for m in sizes])
+
+
+def climb(request: ProbeRequest, logs: Path, idle_limit_s: float = 200) -> Answers:
+    return LocalProber(logs, idle_limit_s=idle_limit_s).probe(request)
+
+
+def live_ranks() -> list[psutil.Process]:
+    """Return the processes below this one that lead a session of their own, as ranks do."""
+    ranks = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                ranks.append(process)
+    return sorted(ranks, key=lambda rank: rank.pid)
+
+
+def after_the_first_rung(answers: Answers) -> list[psutil.Process]:
+    """Wait until a rung is measured; returns the ranks."""
+    assert isinstance(next(answers), RungMeasurement)
+    ranks = live_ranks()
+    assert len(ranks) == RANKS
+    return ranks
+
+
+def failure(answers: Answers) -> Outcome:
+    """Let a probe go on to its end; returns the outcome of the rung that it ended on."""
+    *_, last = answers
+    assert isinstance(last, RungFailure)
+    assert live_ranks() == []
+    return last.outcome
+
+
+def peaks(request: ProbeRequest, logs: Path) -> dict[int, int]:
+    answers = list(climb(request, logs))
+    assert all(isinstance(answer, RungMeasurement) for answer in answers), answers
+    return {
+        answer.micro_batch_size: answer.peak_bytes
+        for answer in answers
+        if isinstance(answer, RungMeasurement)
+    }
+
+
+def test_the_memory_of_a_rung_is_not_that_of_a_larger_one_before(
+    site: JobSite, tmp_path: Path
+) -> None:
+    falling = peaks(request_of(site, [8, 1]), tmp_path / "falling")
+    alone = peaks(request_of(site, [1]), tmp_path / "alone")
+
+    assert falling[8] > falling[1] + 40 * MIB
+    assert falling[1] == pytest.approx(alone[1], rel=0.25)
+    assert live_ranks() == []
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_every_zero_stage_climbs(site: JobSite, tmp_path: Path, zero_stage: int) -> None:
+    request = request_of(site, [1, 8], zero_stage)
+
+    answers = list(climb(request, tmp_path))
+
+    assert [answer.micro_batch_size for answer in answers] == [1, 8]
+    for answer in answers:
+        assert isinstance(answer, RungMeasurement)
+        assert all(time > 0 for _, times in answer.accumulate_s for time in times)
+
+
+def test_memory_beyond_the_cap_is_out_of_memory(site: JobSite, tmp_path: Path) -> None:
+    request = request_of(site, [1, 8])
+    cap = 140 * MIB
+    request = replace(request, spec=replace(request.spec, device_memory_bytes=cap))
+
+    first, last = climb(request, tmp_path)
+
+    assert isinstance(first, RungMeasurement)
+    assert first.peak_bytes < cap
+    assert isinstance(last, RungFailure)
+    assert isinstance(last.outcome, OutOfMemory)
+    assert last.outcome.where == "device"
+    assert live_ranks() == []
+
+
+def test_closing_the_answers_leaves_no_rank(site: JobSite, tmp_path: Path) -> None:
+    answers = climb(request_of(site, [1, 8]), tmp_path)
+    after_the_first_rung(answers)
+
+    answers.close()
+
+    assert live_ranks() == []
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_from_outside_is_a_crash_by_its_signal(
+    site: JobSite, tmp_path: Path, victim: int
+) -> None:
+    answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path)
+    ranks = after_the_first_rung(answers)
+
+    ranks[victim].kill()
+    outcome = failure(answers)
+
+    assert isinstance(outcome, Crashed)
+    assert "SIGKILL" in outcome.reason
+
+
+def test_a_rank_that_stands_still_times_out(site: JobSite, tmp_path: Path) -> None:
+    answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path, idle_limit_s=20)
+    ranks = after_the_first_rung(answers)
+
+    ranks[1].send_signal(signal.SIGSTOP)
+    outcome = failure(answers)
+
+    assert isinstance(outcome, TimedOut)
+    assert outcome.seconds >= 20
+    assert outcome.phase.startswith("micro-batch ")
+
+
+def test_an_exception_of_the_model_is_a_crash_with_its_words(site: JobSite, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(builtin.directory("glm-tiny"), model)
+    config = json.loads((model / "config.json").read_text())
+    # The rows have ids that such an embedding lacks.
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+    request = request_of(site, [1])
+    request = replace(request, spec=replace(request.spec, model_dir=str(model)))
+
+    outcome = failure(climb(request, tmp_path / "logs"))
+
+    assert isinstance(outcome, Crashed)
+    assert "IndexError" in outcome.reason
+    assert "in forward" in outcome.evidence
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\xff\xfe\x00\n", b'{"event": "rung", "micro_batch_size": 2}\n', b"[1, 2]\n"],
+    ids=["no text", "a rung without figures", "no object"],
+)
+def test_a_garbled_answer_is_a_crash_that_says_so(
+    site: JobSite, tmp_path: Path, line: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path / "logs")
+    after_the_first_rung(answers)
+
+    (answer_file,) = scratch.glob("*/rank-0.jsonl")
+    with answer_file.open("ab") as file:
+        file.write(line)
+    outcome = failure(answers)
+
+    assert isinstance(outcome, Crashed)
+    assert "garbage" in outcome.reason
+    assert list(scratch.iterdir()) == []

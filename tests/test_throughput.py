@@ -1,0 +1,181 @@
+"""Step times over real lengths, held against plain loops."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from records import RATES, make_cluster, make_profile
+
+from autotune.throughput import (
+    Floats,
+    Ints,
+    StepRate,
+    draw_order,
+    evaluate,
+    integrate,
+    padded_lengths,
+    predicted_communication_s,
+    predicted_micro_step,
+    predicted_update_s,
+    synchronises_every_micro_step,
+)
+from autotune.workload import Polynomial
+
+lengths_of_rows = st.lists(st.integers(1, 2000), min_size=1, max_size=60).map(
+    lambda lengths: np.array(lengths, dtype=np.int64)
+)
+sizes = st.integers(1, 4)
+
+
+def micro_step_s(padded: Ints) -> Floats:
+    seconds: Floats = 0.001 + 1e-5 * padded + 1e-8 * padded.astype(float) ** 2
+    return seconds
+
+
+def naive_rate(
+    lengths: Ints, order: Ints, size: int, accumulation: int, ranks: int, *, each: bool
+) -> StepRate:
+    """Go through the training step by step, as an engine does; rows repeat to fill one step."""
+    rows_a_step = size * accumulation * ranks
+    drawn = [int(row) for row in order]
+    while len(drawn) < rows_a_step:
+        drawn += [int(row) for row in order]
+    step_times, tokens = [], 0
+    for step in range(max(1, len(order) // rows_a_step)):
+        rank_seconds = [0.0] * ranks
+        for place in range(accumulation):
+            seconds = []
+            for rank in range(ranks):
+                start = step * rows_a_step + (place * ranks + rank) * size
+                rows = drawn[start : start + size]
+                tokens += sum(int(lengths[row]) for row in rows)
+                longest = max(int(lengths[row]) for row in rows)
+                seconds.append(float(micro_step_s(np.array([longest]))[0]))
+            for rank in range(ranks):
+                rank_seconds[rank] += max(seconds) if each else seconds[rank]
+        step_times.append(max(rank_seconds) + 0.05)
+    mean = sum(step_times) / len(step_times)
+    return StepRate(
+        step_time_s=mean,
+        samples_per_s=rows_a_step / mean,
+        tokens_per_s=tokens / len(step_times) / mean,
+    )
+
+
+def rate(
+    lengths: Ints, size: int, accumulation: int, ranks: int, *, each: bool, seed: int = 0
+) -> StepRate:
+    return integrate(
+        lengths,
+        draw_order(len(lengths), seed),
+        micro_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        ranks=ranks,
+        micro_step_s=micro_step_s,
+        boundary_extra_s=0.05,
+        synchronises_every_micro_step=each,
+    )
+
+
+@given(lengths=lengths_of_rows, size=sizes, accumulation=sizes, ranks=sizes, each=st.booleans())
+def test_integration_is_the_loop_over_steps_ranks_and_rows(
+    *, lengths: Ints, size: int, accumulation: int, ranks: int, each: bool
+) -> None:
+    order = draw_order(len(lengths), 0)
+    naive = naive_rate(lengths, order, size, accumulation, ranks, each=each)
+    found = rate(lengths, size, accumulation, ranks, each=each)
+    assert found.step_time_s == pytest.approx(naive.step_time_s)
+    assert found.samples_per_s == pytest.approx(naive.samples_per_s)
+    assert found.tokens_per_s == pytest.approx(naive.tokens_per_s)
+
+
+@given(lengths_of_rows, sizes, sizes, sizes)
+def test_to_wait_for_each_other_in_every_micro_step_is_never_faster(
+    lengths: Ints, size: int, accumulation: int, ranks: int
+) -> None:
+    waiting = rate(lengths, size, accumulation, ranks, each=True)
+    free = rate(lengths, size, accumulation, ranks, each=False)
+    assert waiting.step_time_s >= free.step_time_s * (1 - 1e-12)
+
+
+@given(lengths_of_rows, st.integers(1, 9), st.integers(0, 99))
+def test_padded_lengths_are_the_longest_of_each_micro_batch(
+    lengths: Ints, size: int, seed: int
+) -> None:
+    order = draw_order(len(lengths), seed).tolist()
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    expected = [max(int(lengths[row]) for row in batch) for batch in batches]
+    assert padded_lengths(lengths, np.array(order), size).tolist() == expected
+
+
+@given(st.integers(1, 500), st.integers(0, 2**32 - 1))
+def test_the_order_draws_every_row_once_and_is_that_of_the_seed(rows: int, seed: int) -> None:
+    order = draw_order(rows, seed)
+    assert sorted(order.tolist()) == list(range(rows))
+    assert order.tolist() == draw_order(rows, seed).tolist()
+
+
+@given(st.integers(1, 64), st.integers(1, 5000))
+def test_a_polynomial_is_linear_in_rows_and_quadratic_in_length(rows: int, length: int) -> None:
+    polynomial = Polynomial(c0=3.0, c1=2.0, c2=0.5)
+    expected = rows * (3.0 + 2.0 * length + 0.5 * length * length)
+    assert evaluate(polynomial, rows, np.array([length]))[0] == pytest.approx(expected)
+
+
+def test_the_square_of_a_very_long_row_does_not_overflow() -> None:
+    square = evaluate(Polynomial(c0=0.0, c1=0.0, c2=1.0), 1, np.array([2**33]))
+    assert square[0] == 2.0**66
+
+
+def test_only_zero_2_and_3_synchronise_every_micro_step_and_only_among_ranks() -> None:
+    assert [synchronises_every_micro_step(stage, 2) for stage in range(4)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not any(synchronises_every_micro_step(stage, 1) for stage in range(4))
+
+
+def predicted(checkpointing: str, size: int) -> Callable[[Ints], Floats]:
+    return predicted_micro_step(make_profile(), checkpointing, RATES, size)
+
+
+def test_a_micro_step_costs_its_operations_and_the_start_of_its_operators() -> None:
+    # 2 rows x (6e9 x 1000 + 1e5 x 1000^2) operations at 1e14 a second, 2000 starts of 10 us.
+    assert predicted("none", 2)(np.array([1000]))[0] == pytest.approx(2 * 6.1e12 / 1e14 + 0.02)
+
+
+def test_recomputation_costs_time() -> None:
+    length = np.array([500])
+    assert predicted("full", 2)(length)[0] > predicted("none", 2)(length)[0]
+
+
+def test_more_rows_a_micro_step_never_cost_a_row_more() -> None:
+    a_row = [predicted("none", size)(np.array([500]))[0] / size for size in (1, 2, 4, 8)]
+    assert a_row == sorted(a_row, reverse=True)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_one_rank_has_nobody_to_talk_to(stage: int) -> None:
+    assert predicted_communication_s(make_profile(), stage, 1, RATES, 2) == (0.0, 0.0)
+
+
+def test_only_stages_2_and_3_talk_in_every_micro_step() -> None:
+    talk = [predicted_communication_s(make_profile(), stage, 4, RATES, 2) for stage in range(4)]
+    assert [each > 0 for each, _ in talk] == [False, False, True, True]
+    # Three quarters of 2 GB of gradients and as much of weights over 100 GB/s.
+    assert talk[3] == pytest.approx((3 * 0.015, 0.0))
+    assert talk[0] == pytest.approx((0.0, 2 * 0.015))
+
+
+def test_a_sharded_update_takes_its_share_of_the_time() -> None:
+    cluster = make_cluster(gpus=4)
+    whole = predicted_update_s(make_profile(), 0, cluster, RATES)
+    assert whole == pytest.approx(28e9 / 1e12)
+    assert predicted_update_s(make_profile(), 1, cluster, RATES) == pytest.approx(whole / 4)
+    frozen = replace(make_profile(), trainable_parameters=0)
+    assert predicted_update_s(frozen, 0, cluster, RATES) == 0.0
