@@ -51,10 +51,11 @@ MEMORY = [
 budgets = st.integers(1, 200).map(lambda gib: gib * GIB)
 
 
+ESTIMATED = plan_for(make_cluster(gpus=2))
+
+
 def plan_with(budget_bytes: int, host_bytes: int = 500 * GIB) -> Plan:
-    cluster = make_cluster(gpus=2, memory_bytes=budget_bytes)
-    host = replace(cluster.host, available_bytes=host_bytes)
-    return plan_for(replace(cluster, host=host))
+    return replace(ESTIMATED, budget_bytes=budget_bytes, host_budget_bytes=host_bytes)
 
 
 @given(budgets, budgets)
@@ -111,14 +112,14 @@ def test_a_rejection_for_the_device_names_need_parts_and_budget() -> None:
 
 
 def test_a_rejection_for_the_host_names_need_ranks_and_budget() -> None:
-    plan = plan_with(80 * GIB, host_bytes=4 * GIB)
+    plan = plan_with(80 * GIB, host_bytes=8 * GIB)
     offloaded = plan.space.column("offload_optimizer") == "cpu"
     row = int(np.flatnonzero(offloaded)[0])
     rejection = plan.rejection(row)
     assert rejection is not None
     assert rejection.rule == "host_memory"
     # 12 bytes of each of a billion parameters, over both ranks.
-    assert rejection.detail == "needs 11.2 GiB of host memory for 2 ranks, 4.00 GiB are there"
+    assert rejection.detail == "needs 11.2 GiB of host memory for 2 ranks, 8.00 GiB are there"
     assert plan.rejected_by_rule()["host_memory"] == offloaded.sum()
 
 
@@ -160,6 +161,13 @@ def test_memory_is_that_of_the_longest_row_of_the_data() -> None:
     one_longer = np.append(LENGTHS, 2 * LENGTHS.max())
     more = make_plan(space, make_profile(), job, cluster, RATES, one_longer)
     assert (more.memory.device_bytes > some.memory.device_bytes).all()
+
+
+def test_budgets_are_those_of_the_cluster() -> None:
+    cluster = make_cluster(gpus=2, memory_bytes=24 * GIB)
+    plan = plan_for(cluster)
+    assert plan.budget_bytes == 24 * GIB
+    assert plan.host_budget_bytes == cluster.host.available_bytes
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])

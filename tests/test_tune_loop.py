@@ -13,7 +13,6 @@ from records import (
     RATES,
     Surface,
     SurfaceSite,
-    as_rung,
     exact,
     make_cluster,
     make_job,
@@ -316,19 +315,19 @@ def test_a_set_up_that_was_mended_is_probed_as_if_nothing_had_been() -> None:
     assert again.asked == []
 
 
-def test_a_death_before_the_first_measured_rung_is_not_tried_again() -> None:
-    crashed = as_rung(Structure(zero_stage=0).with_micro_batch(1, 4, 64), CRASHED)
+def test_a_structure_that_died_alone_is_not_tried_again_after_a_stop() -> None:
     surface = exact(PLAN)
-    first = Story(surface, known=[crashed], answer=stopped_at(surface, 3))
-    with pytest.raises(InterruptedRunError):
-        first.run()
-    whole = [crashed, *first.recorded]
-    second = Story(surface, known=[rung for rung in whole if rung.outcome != CRASHED])
-    third = Story(surface, known=whole)
-    second.run()
-    third.run()
-    assert third.asked[0] in second.asked
-    assert crashed.setting not in third.asked
+
+    def answer(request: ProbeRequest, rung: RungPlan) -> RungMeasurement | RungFailure:
+        first = PLAN.space.setting(surface.row(request, rung)) == story.tuner.search.default
+        return always(CRASHED)(request, rung) if first else surface.answer(request, rung)
+
+    story = Story(surface, answer=answer)
+    story.run(budget_s=25)
+    assert [rung.outcome.kind for rung in story.recorded] == ["crashed", "measured", "measured"]
+    resumed = Story(surface, known=story.recorded)
+    resumed.run()
+    assert story.structures[0] not in resumed.structures
 
 
 def test_where_everything_runs_out_of_memory_there_is_no_best() -> None:

@@ -152,6 +152,9 @@ class FixedScalars(TorchDispatchMode):
     A mask is then taken for one with padding, and a gradient norm for finite.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload[..., Any],

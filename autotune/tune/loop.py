@@ -108,9 +108,8 @@ class Tuner:
     def _probe(self, trial: Trial) -> None:
         structure = Structure(**trial.params)
         ladder = self.search.ladder(structure)
-        _log.info(
-            "probing %s at micro-batch %s", structure.label(), [s.micro_batch_size for s in ladder]
-        )
+        first = ladder[0].micro_batch_size
+        _log.info("probing %s from micro-batch %d up", structure.label(), first)
         try:
             self._climb(trial, ladder)
         finally:
