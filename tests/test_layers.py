@@ -63,13 +63,11 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 def _imports(tree: ast.Module) -> Iterator[str]:
     """Yield the full dotted name of all that is imported anywhere in a module."""
     for node in ast.walk(tree):
-        match node:
-            case ast.Import(names=names):
-                yield from (alias.name for alias in names)
-            case ast.ImportFrom(module=str(module), names=names, level=0):
-                yield from (f"{module}.{alias.name}" for alias in names)
-            case ast.ImportFrom():
-                pytest.fail("imports are absolute")
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def _is_in(module: str, home: str) -> bool:

@@ -153,7 +153,7 @@ class FixedScalars(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch
 
     def __torch_dispatch__(
         self,
