@@ -83,7 +83,8 @@ def test_memory_never_falls_with_the_longest_row(
 ) -> None:
     _, shorter = estimate(longest=longest, profile=profile)
     _, longer = estimate(longest=longest + more, profile=profile)
-    assert (longer.device_bytes >= shorter.device_bytes).all()
+    # In whole bytes: what is subtracted and added again is rounded.
+    assert (np.rint(longer.device_bytes) >= np.rint(shorter.device_bytes)).all()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -24,6 +24,7 @@ from autotune.tune.site import JobSite
 
 RANKS, GLOBAL_BATCH = 2, 16
 MIB = 2**20
+SLOW = pytest.mark.slow
 
 Answers = Generator[RungMeasurement | RungFailure]
 
@@ -108,7 +109,9 @@ def test_the_memory_of_a_rung_is_not_that_of_a_larger_one_before(
     assert live_ranks() == []
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3]
+)
 def test_every_zero_stage_climbs(site: JobSite, tmp_path: Path, zero_stage: int) -> None:
     request = request_of(site, [1, 8], zero_stage)
 
@@ -144,7 +147,7 @@ def test_closing_the_answers_leaves_no_rank(site: JobSite, tmp_path: Path) -> No
     assert live_ranks() == []
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=SLOW), 1])
 def test_a_rank_killed_from_outside_is_a_crash_by_its_signal(
     site: JobSite, tmp_path: Path, victim: int
 ) -> None:
@@ -188,8 +191,11 @@ def test_an_exception_of_the_model_is_a_crash_with_its_words(site: JobSite, tmp_
 
 @pytest.mark.parametrize(
     "line",
-    [b"\xff\xfe\x00\n", b'{"event": "rung", "micro_batch_size": 2}\n', b"[1, 2]\n"],
-    ids=["no text", "a rung without figures", "no object"],
+    [
+        pytest.param(b"\xff\xfe\x00\n", id="no text", marks=SLOW),
+        pytest.param(b'{"event": "rung", "micro_batch_size": 2}\n', id="a rung without figures"),
+        pytest.param(b"[1, 2]\n", id="no object", marks=SLOW),
+    ],
 )
 def test_a_garbled_answer_is_a_crash_that_says_so(
     site: JobSite, tmp_path: Path, line: bytes, monkeypatch: pytest.MonkeyPatch

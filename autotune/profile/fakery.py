@@ -27,8 +27,12 @@ _RANK_COMPARISONS = tuple(
 
 
 @contextmanager
-def faked(device_kind: str, *, rank: int, ranks: int) -> Iterator[None]:
+def faked(
+    device_kind: str, *, rank: int, ranks: int, free_device_bytes: Callable[[], int] = lambda: 0
+) -> Iterator[None]:
     """Be one of `ranks` ranks over fake tensors, on the CPU or on a virtual device.
+
+    `free_device_bytes` answers DeepSpeed's question what a virtual device has left.
 
     Raises:
         VirtualRunUnavailableError: a library lacks a name that has to give way.
@@ -40,13 +44,13 @@ def faked(device_kind: str, *, rank: int, ranks: int) -> Iterator[None]:
         stack.enter_context(_rank_environment(rank, ranks, device))
         stand_ins = _stand_ins()
         if device != "cpu":
-            stand_ins |= _device_stand_ins()
+            stand_ins |= _device_stand_ins(free_device_bytes)
         for target, stand_in in stand_ins.items():
             stack.enter_context(replaced(target, stand_in))
         stack.enter_context(_process_group(rank, ranks))
         # Constants that libraries made at import, real ones, meet fake tensors.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_Answers())  # type: ignore[no-untyped-call]
+        stack.enter_context(_Answers())
         yield
 
 
@@ -62,13 +66,14 @@ def _stand_ins() -> dict[str, object]:
     return {**conversions, **comparisons, **shared_memory}
 
 
-def _device_stand_ins() -> dict[str, object]:
+def _device_stand_ins(free_device_bytes: Callable[[], int]) -> dict[str, object]:
     """Return what else gives way to a virtual device, which is registered with it."""
     from autotune.profile import virtual_gpu
 
     virtual_gpu.register()
+    accelerator = virtual_gpu.VirtualAccelerator(free_device_bytes)
     return {
-        "deepspeed.accelerator.real_accelerator.ds_accelerator": virtual_gpu.VirtualAccelerator(),
+        "deepspeed.accelerator.real_accelerator.ds_accelerator": accelerator,
         # They look for devices that exist.
         "transformers.training_args.is_torch_bf16_gpu_available": _always,
         "accelerate.state.PartialState._prepare_backend": _gpu_backend,

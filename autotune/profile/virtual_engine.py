@@ -28,9 +28,19 @@ def follow(request: VirtualRequest) -> VirtualRun:
     """
     started = time.perf_counter()
     parts = EngineParts()
+    live = LiveBytes(parts=parts)
+
+    def free_device_bytes() -> int:
+        return request.spec.device_memory_bytes - live.current[VIRTUAL_GPU]
+
     with (
-        faked(request.spec.device_kind, rank=request.rank, ranks=request.ranks),
-        LiveBytes(parts=parts) as live,
+        faked(
+            request.spec.device_kind,
+            rank=request.rank,
+            ranks=request.ranks,
+            free_device_bytes=free_device_bytes,
+        ),
+        live,
         LibraryScratch(request.spec.device_kind),
     ):
         engine = VirtualEngine(request, live, parts)

@@ -44,9 +44,14 @@ def register() -> None:
 class VirtualAccelerator(CPU_Accelerator):  # type: ignore[misc]
     """DeepSpeed's view of the device; the rest is as on a CPU, which has no streams."""
 
-    def __init__(self) -> None:
+    def __init__(self, free_bytes: Callable[[], int]) -> None:
         super().__init__()
         self._name = NAME
+        self._free_bytes = free_bytes
+
+    def available_memory(self, device_index: object = None) -> int:  # noqa: ARG002
+        # ZeRO 1 and 2 build their flat buffers on the device if it has the room, else on the host.
+        return self._free_bytes()
 
     def device_name(self, device_index: object = None) -> str:
         return NAME if device_index is None else DEVICE
