@@ -9,8 +9,9 @@ AutotuneError
 ├── NothingFitsError    71   no setting fits the devices
 ├── TrainingFailedError 72   the training ended badly
 ├── CannotWriteError    73   the run directory or a cache cannot be written
-├── InterruptedRunError 75   stopped from outside or out of budget; state saved
 └── ConfigError         78   a configuration file or a model's configuration
+
+InterruptedRunError     75   stopped from outside or out of budget; state saved
 
 Anything else that reaches the command line is a bug: exit code 1.
 """
@@ -56,8 +57,10 @@ class CannotWriteError(AutotuneError):
     exit_code = 73
 
 
-class InterruptedRunError(AutotuneError):
-    exit_code = 75
+class InterruptedRunError(BaseException):
+    """A stop. No Exception, so that no library's broad handler keeps a run from stopping."""
+
+    exit_code: ClassVar[int] = 75
 
 
 class ConfigError(AutotuneError):

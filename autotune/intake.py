@@ -18,7 +18,7 @@ from autotune.errors import UsageError
 from autotune.hardware import Cluster, Rates
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
-from autotune.rundir import cached_json
+from autotune.rundir import cached
 from autotune.space import enumerate_space, micro_batch_sizes
 from autotune.throughput import Ints
 from autotune.units import format_count
@@ -218,19 +218,17 @@ def _profile(source: ModelSource, precision: Any, logs: Path, *, trust: bool) ->
     )
     config = hashlib.blake2b((source.directory / "config.json").read_bytes()).hexdigest()
     path = _cache_path("profiles", config, request.attention, precision, __version__, versions())
-    fields = cached_json(path, lambda: traced(request, logs / "profile.log"))
-    return profile_from_json(fields)
+    return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 
 def _rates(cluster: Cluster, precision: str, logs: Path) -> Rates:
     from autotune.profile.child import measured_rates, rates_from_json
 
     path = _cache_path("rates", cluster.identity(), precision, versions())
-    threads = cluster.threads_per_rank
-    fields = cached_json(
-        path, lambda: measured_rates(cluster.kind, precision, threads, logs / "rates.log")
+    threads, log = cluster.threads_per_rank, logs / "rates.log"
+    return cached(
+        path, lambda: measured_rates(cluster.kind, precision, threads, log), rates_from_json
     )
-    return rates_from_json(fields)
 
 
 def _cache_path(kind: str, *facts: object) -> Path:

@@ -11,6 +11,8 @@ from autotune.errors import ConfigError, InputMissingError
 
 _BUILTIN = "builtin:"
 _WEIGHTS = ("*.safetensors",)
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+_SAMPLES, _SAMPLE_BYTES = 32, 4096
 _UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth")
 
 
@@ -31,11 +33,29 @@ class ModelSource:
         return Path(self.name.removeprefix(_BUILTIN)).name
 
     def content_hash(self) -> str:
-        """Return a hash of the configuration and of the weight files' names and sizes."""
-        digest = hashlib.blake2b((self.directory / "config.json").read_bytes(), digest_size=16)
-        for path in sorted(self.directory.glob("*.safetensors")):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
+        """Return a hash of configuration and tokenizer, and of samples of the weights.
+
+        Reading all weights would take minutes; a training changes every part of them.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for path in sorted(self.directory.iterdir()):
+            if path.match("*.safetensors"):
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
+                digest.update(_sampled(path))
+            elif any(path.match(pattern) for pattern in _SMALL_FILES):
+                digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()
+
+
+def _sampled(path: Path) -> bytes:
+    """Return some bytes of evenly spaced places of a file, the first and the last among them."""
+    last = max(0, path.stat().st_size - _SAMPLE_BYTES)
+    with path.open("rb") as file:
+        samples = []
+        for place in range(_SAMPLES):
+            file.seek(last * place // (_SAMPLES - 1))
+            samples.append(file.read(_SAMPLE_BYTES))
+    return b"".join(samples)
 
 
 def find_model(model: str) -> ModelSource:

@@ -20,6 +20,7 @@ from autotune.environment import rank_environment, versions
 from autotune.errors import (
     AutotuneError,
     InputMissingError,
+    InterruptedRunError,
     NothingFitsError,
     TrainingFailedError,
     UsageError,
@@ -29,7 +30,7 @@ from autotune.outcome import Measured, Rung
 from autotune.plan import Plan
 from autotune.probe.local import LocalProber
 from autotune.rundir import RunDir, read_json, write_json, write_text
-from autotune.setting import Setting
+from autotune.setting import Setting, Structure
 from autotune.tune.loop import Tuned, Tuner, write_study
 from autotune.tune.site import JobSite
 from autotune.units import format_bytes
@@ -56,6 +57,7 @@ class Run:
         self.question = question
         self.dir = run_dir
         self._figures: dict[str, Any] = {}
+        self._structures: set[Structure] = set()
         self._status: dict[str, Any] = {"schema": 1, "pid": os.getpid(), "best": None, "probes": 0}
 
     def finished(self, *, with_training: bool) -> dict[str, Any] | None:
@@ -74,6 +76,7 @@ class Run:
 
         Raises:
             AutotuneError: a stage failed; result.json says why.
+        InterruptedRunError: stopped from outside or out of budget; so says result.json.
         """
         self.dir.create()
         with self.dir.locked():
@@ -82,7 +85,7 @@ class Run:
             self._refuse_foreign()
             try:
                 return self._stages(with_training=with_training)
-            except AutotuneError as error:
+            except (AutotuneError, InterruptedRunError) as error:
                 self._write_result(
                     {"exit_reason": type(error).__name__, "exit_code": error.exit_code}
                     | {"message": str(error)}
@@ -197,7 +200,8 @@ class Run:
     def _record(self, rung: Rung) -> None:
         self.dir.append_rung(rung)
         outcome = rung.outcome
-        self._status["probes"] += 1
+        self._structures.add(rung.setting.structure)
+        self._status["probes"] = len(self._structures)
         best = self._status["best"]
         if isinstance(outcome, Measured) and (
             best is None or outcome.tokens_per_s > best["tokens_per_s"]
@@ -312,10 +316,17 @@ def require_best(plan: Plan, tuned: Tuned) -> Rung:
     """Return the best measured rung.
 
     Raises:
-        NothingFitsError: no probe was measured, as the device ran out of memory in each.
+        NothingFitsError: the device ran out of memory in every probe.
+        InterruptedRunError: the budget was spent before anything was measured.
     """
     if tuned.best is not None:
         return tuned.best
+    if not tuned.rungs:
+        msg = (
+            "--tune-budget was spent before the first probe was measured: give more, "
+            "and the same command goes on"
+        )
+        raise InterruptedRunError(msg)
     smallest = int(np.argmin(plan.memory.device_bytes))
     msg = (
         f"no setting fits: all {len(tuned.rungs)} that were probed ran out of memory; the smallest "

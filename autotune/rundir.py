@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from autotune.errors import CannotWriteError
 from autotune.outcome import Rung
+
+_T = TypeVar("_T")
 
 _PRIVATE_FILE, _PRIVATE_DIRECTORY = 0o600, 0o700
 
@@ -208,12 +210,16 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON
         return None
 
 
-def cached_json(path: Path, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
-    """Return the document at `path`, made and kept there if it is missing or torn."""
-    value = read_json(path)
-    if value is None:
-        value = make()
+def cached(path: Path, make: Callable[[], Any], read: Callable[[Any], _T]) -> _T:
+    """Return what `read` makes of the document at `path`.
+
+    It is made and kept there if it is missing, torn, or of another shape than `read` takes.
+    """
+    try:
+        return read(read_json(path))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        document = make()
         with writing(path):
             path.parent.mkdir(mode=_PRIVATE_DIRECTORY, parents=True, exist_ok=True)
-        write_json(path, value)
-    return value
+        write_json(path, document)
+        return read(document)

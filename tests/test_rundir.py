@@ -14,7 +14,7 @@ from records import as_rung, measured
 
 from autotune.errors import CannotWriteError
 from autotune.outcome import OutOfMemory
-from autotune.rundir import RunDir, cached_json, read_json, write_json, write_text
+from autotune.rundir import RunDir, cached, read_json, write_json, write_text
 from autotune.setting import Structure
 
 SETTING = Structure(zero_stage=1).with_micro_batch(2, ranks=2, global_batch_size=8)
@@ -158,7 +158,10 @@ def test_a_document_that_is_missing_or_torn_reads_as_none(
     assert read_json(tmp_path / "a.json") is None
 
 
-def test_a_cached_document_is_made_once_and_again_if_it_is_torn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"times"', "[]", "{}", '{"times": "many"}'])
+def test_a_cached_document_is_made_once_and_again_if_it_is_corrupt(
+    tmp_path: Path, content: str
+) -> None:
     path = tmp_path / "cache" / "a.json"
     made: list[int] = []
 
@@ -166,9 +169,12 @@ def test_a_cached_document_is_made_once_and_again_if_it_is_torn(tmp_path: Path) 
         made.append(1)
         return {"times": len(made)}
 
-    assert cached_json(path, make) == cached_json(path, make) == {"times": 1}
-    path.write_text('{"times"')
-    assert cached_json(path, make) == read_json(path) == {"times": 2}
+    def times(document: dict[str, int]) -> int:
+        return int(document["times"])
+
+    assert cached(path, make, times) == cached(path, make, times) == 1
+    path.write_text(content)
+    assert cached(path, make, times) == cached(path, make, times) == 2
 
 
 def test_a_directory_can_be_created_again(run_dir: RunDir) -> None:

@@ -77,7 +77,7 @@ def _run() -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except AutotuneError as error:
+    except (AutotuneError, InterruptedRunError) as error:
         click.echo(f"autotune: {error}", err=True)
         return error.exit_code
     except Exception:  # noqa: BLE001 - whatever comes here is a bug, and its traceback is the report
