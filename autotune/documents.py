@@ -1,11 +1,16 @@
 """The documents that a run leaves for people and machines: plan, figures, fallbacks."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
 from autotune.emit import ds_config
-from autotune.intake import Workload, total_steps
+from autotune.hardware import Cluster
+from autotune.intake import Workload, estimate_setting, total_steps
+from autotune.memory import PARTS, MemoryEstimate, runtime_bytes
 from autotune.outcome import Measured, Rung
+from autotune.profile.virtual import VirtualRun
 from autotune.setting import Setting
 from autotune.tune.loop import Tuned
 
@@ -65,6 +70,34 @@ def fallbacks(workload: Workload, tuned: Tuned, chosen: Setting) -> list[dict[st
         }
         for setting, outcome in lighter[:_MAX_FALLBACKS]
     ]
+
+
+def estimate_document(
+    workload: Workload, setting: Setting, virtual: VirtualRun | None
+) -> dict[str, Any]:
+    """Return what `estimate` answers: by arithmetic, or by a virtual run where there was one."""
+    plan = estimate_setting(workload, setting)
+    if virtual is not None:
+        plan = replace(plan, memory=measured_memory(virtual, workload.question.cluster))
+    entry = plan.entry(0)
+    cluster = workload.question.cluster
+    return entry | {
+        "source": "arithmetic" if virtual is None else "virtual run",
+        "ds_config": ds_config(workload.job, setting, workload.profile, cluster),
+    }
+
+
+def measured_memory(virtual: VirtualRun, cluster: Cluster) -> MemoryEstimate:
+    """Return the memory of a virtual run in the terms of an estimate."""
+    named = {f"{part}_bytes": size for part, size in virtual.parts.items()}
+    parts = {name: np.array([float(named.pop(name, 0))]) for name in PARTS}
+    parts["other_bytes"] = parts["other_bytes"] + sum(named.values())
+    allocated = np.array([float(virtual.peak_device_bytes)])
+    return MemoryEstimate(
+        **parts,
+        runtime_bytes=runtime_bytes(cluster, allocated),
+        host_bytes=np.array([float(virtual.peak_host_bytes)]),
+    )
 
 
 def plan_document(workload: Workload, *, everything: bool = False) -> dict[str, Any]:

@@ -9,7 +9,8 @@ AutotuneError
 ├── NothingFitsError    71   no setting fits the devices
 ├── TrainingFailedError 72   the training ended badly
 ├── CannotWriteError    73   the run directory or a cache cannot be written
-└── ConfigError         78   a configuration file or a model's configuration
+├── ConfigError         78   a configuration file or a model's configuration
+└── VirtualRunUnavailableError   never reaches the user as such: arithmetic answers instead
 
 InterruptedRunError     75   stopped from outside or out of budget; state saved
 
@@ -65,3 +66,7 @@ class InterruptedRunError(BaseException):
 
 class ConfigError(AutotuneError):
     exit_code = 78
+
+
+class VirtualRunUnavailableError(AutotuneError):
+    """The engine cannot be run over fake tensors here; estimates go on with arithmetic."""

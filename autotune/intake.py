@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ from autotune import __version__, processes
 from autotune.config import Options
 from autotune.dataset import Rows, content_hash, prepare
 from autotune.detect import detect
+from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import UsageError
 from autotune.hardware import Cluster, Rates
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
+from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached
-from autotune.space import enumerate_space, micro_batch_sizes
+from autotune.setting import Setting
+from autotune.space import Space, enumerate_space, micro_batch_sizes
 from autotune.throughput import Ints
 from autotune.units import format_count
 from autotune.workload import DatasetProfile, Job, ModelProfile
@@ -91,7 +94,12 @@ def start_processes(cluster: Cluster) -> None:
 
 
 def look_into(
-    question: Question, *, dataset_dir: Path, logs: Path, seq_length: int | None = None
+    question: Question,
+    *,
+    dataset_dir: Path,
+    logs: Path,
+    seq_length: int | None = None,
+    attention: str = "sdpa",
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
 
@@ -99,7 +107,8 @@ def look_into(
     """
     options, cluster, source = question.options, question.cluster, question.source
     precision = choose_precision(options["precision"], cluster)
-    profile = _profile(source, precision, logs, trust=options["trust_remote_code"])
+    trust = options["trust_remote_code"]
+    profile = _profile(source, precision, attention, logs, trust=trust)
     limit = sequence_limit(options["max_seq_length"], profile)
     job = _job(options, source, precision, limit)
     _log.info(
@@ -206,14 +215,21 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
     )
 
 
-def _profile(source: ModelSource, precision: Any, logs: Path, *, trust: bool) -> ModelProfile:  # noqa: ANN401
+def _profile(
+    source: ModelSource,
+    precision: Any,  # noqa: ANN401 - a Precision
+    attention: str,
+    logs: Path,
+    *,
+    trust: bool,
+) -> ModelProfile:
     from autotune.profile.child import profile_from_json, traced
     from autotune.profile.request import TraceRequest
 
     request = TraceRequest(
         model_dir=str(source.directory),
         trust_remote_code=trust,
-        attention="sdpa",
+        attention=attention,
         precision=precision,
     )
     config = hashlib.blake2b((source.directory / "config.json").read_bytes()).hexdigest()
@@ -234,6 +250,42 @@ def _rates(cluster: Cluster, precision: str, logs: Path) -> Rates:
 def _cache_path(kind: str, *facts: object) -> Path:
     key = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
     return cache_dir() / kind / f"{key}.json"
+
+
+def estimate_setting(workload: Workload, setting: Setting) -> Plan:
+    """Return a plan of one setting, which need not be one that a search would try."""
+    cluster = workload.question.cluster
+    space = Space(
+        structures=(setting.structure,),
+        structure_index=np.zeros(1, dtype=np.int64),
+        micro_batch_size=np.array([setting.micro_batch_size]),
+        gradient_accumulation_steps=np.array([setting.gradient_accumulation_steps]),
+        ranks=cluster.num_devices,
+    )
+    return make_plan(
+        space, workload.profile, workload.job, cluster, workload.rates, workload.lengths
+    )
+
+
+def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun:
+    """Step the real engine of a setting over fake tensors, on rows as long as the longest; cached.
+
+    Raises:
+        VirtualRunUnavailableError: it cannot be run so here.
+    """
+    job, cluster = workload.job, workload.question.cluster
+    request = VirtualRequest(
+        spec=train_spec(job, setting, cluster, dataset_dir="", output_dir="", model_output_dir=""),
+        ds_config=ds_config(job, setting, workload.profile, cluster),
+        ranks=cluster.num_devices,
+        micro_batch_size=setting.micro_batch_size,
+        gradient_accumulation_steps=setting.gradient_accumulation_steps,
+        seq_length=int(workload.lengths.max()),
+    )
+    path = _cache_path(
+        "virtual", request, workload.question.source.content_hash(), versions(), __version__
+    )
+    return cached(path, lambda: asdict(virtual_run(request, log)), lambda it: VirtualRun(**it))
 
 
 def total_steps(workload: Workload) -> int:

@@ -80,11 +80,13 @@ def estimate_memory(
     logits = _per_checkpointing(space, profile, "logits_bytes", longest_row)
     activations = _per_checkpointing(space, profile, "activations_bytes", longest_row)
     optimizer = _optimizer(space, profile, job)
-    offloaded = space.column("offload_optimizer") != "none"
+    weights = _weights(space, profile, job)
+    params_off = _offloaded(space, "offload_param")
+    optimizer_off = _offloaded(space, "offload_optimizer")
     allocated = {
-        "weights_bytes": _weights(space, profile, job),
+        "weights_bytes": np.where(params_off, 0.0, weights),
         "gradients_bytes": _gradients(space, profile, job),
-        "optimizer_bytes": np.where(offloaded, 0.0, optimizer),
+        "optimizer_bytes": np.where(optimizer_off, 0.0, optimizer),
         "activations_bytes": activations - logits,
         "logits_bytes": logits,
         "buffers_bytes": _buffers(space, profile, job),
@@ -92,8 +94,8 @@ def estimate_memory(
     }
     return MemoryEstimate(
         **allocated,
-        runtime_bytes=_runtime(cluster, np.sum(list(allocated.values()), axis=0)),
-        host_bytes=np.where(offloaded, optimizer, 0.0),
+        runtime_bytes=runtime_bytes(cluster, np.sum(list(allocated.values()), axis=0)),
+        host_bytes=np.where(params_off, weights, 0.0) + np.where(optimizer_off, optimizer, 0.0),
     )
 
 
@@ -104,6 +106,11 @@ def _stage(space: Space) -> NDArray[np.int64]:
 def _sharded(space: Space, from_stage: int) -> Floats:
     """Return N where ZeRO shards from that stage on, else 1."""
     return np.where(_stage(space) >= from_stage, float(space.ranks), 1.0)
+
+
+def _offloaded(space: Space, field: str) -> NDArray[np.bool_]:
+    offloaded: NDArray[np.bool_] = space.column(field) != "none"
+    return offloaded
 
 
 def _weights(space: Space, profile: ModelProfile, job: Job) -> Floats:
@@ -137,18 +144,22 @@ def _per_checkpointing(space: Space, profile: ModelProfile, figure: str, length:
 
 
 def _buffers(space: Space, profile: ModelProfile, job: Job) -> Floats:
-    """Reduce buckets of stages 1 and 2 (one, as long as the model); gathered weights of stage 3.
+    """Return the reduce bucket of stage 1, and of stage 3 the bucket and gathered weights.
 
-    Stage 3 holds the block at work and the one prefetched, and the largest parameter outside them.
+    Stage 1 keeps its bucket from one micro-step to the next, stage 2 lets go of it after each, so
+    that it is not there when activations peak. Stage 3 holds the block at work and the one
+    prefetched, and the largest parameter outside them.
     """
-    stage = _stage(space)
-    bucket = job.compute_bytes * profile.trainable_parameters
+    bucket = float(job.compute_bytes * profile.trainable_parameters)
     gathered = job.compute_bytes * (
         2 * profile.largest_layer_parameters + profile.largest_parameter
     )
-    return np.select([stage == 0, stage < 3], [0.0, float(bucket)], float(gathered + bucket))  # noqa: PLR2004
+    a_stage = np.array([0.0, bucket, 0.0, bucket + gathered])
+    buffers: Floats = a_stage[_stage(space)]
+    return buffers
 
 
-def _runtime(cluster: Cluster, allocated: Floats) -> Floats:
+def runtime_bytes(cluster: Cluster, allocated: Floats) -> Floats:
+    """Return what a rank holds besides tensors, for each peak of allocated bytes."""
     fixed = _GPU_RUNTIME_BYTES if cluster.has_separate_memory else _CPU_RUNTIME_BYTES
     return fixed + _FRAGMENTATION * allocated

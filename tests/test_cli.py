@@ -48,6 +48,11 @@ OPTIONS = {
     "tune": JOB_OPTIONS | {"--dry-run"},
     "train": {"run_dir", "--dry-run", "--json"},
     "plan": JOB_OPTIONS | {"--seq-length", "--all"},
+    "estimate": JOB_OPTIONS
+    | {
+        *("--micro-batch-size", "--zero-stage", "--offload-optimizer", "--offload-param"),
+        *("--checkpointing", "--attention", "--seq-length", "--exact"),
+    },
     "detect": {"--devices", "--device-memory", "--json"},
 }
 """Commands and options are used from scripts: what is in here stays."""

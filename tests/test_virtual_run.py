@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from autotune import builtin, emit, environment, processes
+from autotune.errors import VirtualRunUnavailableError
 from autotune.hardware import Cluster, Host
 from autotune.profile.virtual import (
     VirtualRequest,
-    VirtualRunUnavailableError,
     virtual_run,
 )
 from autotune.setting import Offload, Structure

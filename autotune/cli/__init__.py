@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": "Find the fastest setting that fits, without training.",
     "train": "Train with the setting that was found; goes on from the last checkpoint.",
     "plan": "Show which settings fit and how fast they may be, without probing.",
+    "estimate": "Estimate memory and speed of one setting.",
     "detect": "Show the devices and what of them may be used.",
 }
 

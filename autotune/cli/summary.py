@@ -49,6 +49,25 @@ def _nearest(rejected: list[dict[str, Any]]) -> str:
     return f"{Setting.from_json(nearest['setting']).label()}: {nearest['rejected_by']['detail']}"
 
 
+def estimate_text(entry: dict[str, Any]) -> str:
+    """Lay out one setting's estimate: the terms of its memory, and its speed."""
+    memory = entry["memory"]
+    rows = {
+        "setting": Setting.from_json(entry["setting"]).label(),
+        **{
+            name.removesuffix("_bytes"): format_bytes(size)
+            for name, size in memory.items()
+            if size or name == "device_bytes"
+        },
+        "budget": format_bytes(entry["budget_bytes"]),
+        "fits": "yes" if entry["fits"] else "no",
+        "step time": format_duration(entry["step_time_s"]),
+        "speed": f"{entry['tokens_per_s']:.0f} tokens/s, {entry['samples_per_s']:.2f} samples/s",
+        "memory by": entry["source"],
+    }
+    return _aligned(rows)
+
+
 def result_text(result: dict[str, Any]) -> str:
     """Lay out result.json."""
     memory = result["memory"]
@@ -71,6 +90,10 @@ def result_text(result: dict[str, Any]) -> str:
         rows["model"] = result["model_dir"]
     rows["DeepSpeed config"] = f"{result['run_dir']}/ds_config.json"
     rows["by hand"] = f"bash {result['run_dir']}/launch.sh"
+    return _aligned(rows)
+
+
+def _aligned(rows: dict[str, str]) -> str:
     width = max(map(len, rows))
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autotune.errors import VirtualRunUnavailableError
 from autotune.profile.live_bytes import FixedScalars
-from autotune.profile.virtual import VirtualRunUnavailableError
 from autotune.profile.virtual_gpu import DEVICE as VIRTUAL_DEVICE
 
 _CONVERSIONS = ("to", "float", "half", "bfloat16")

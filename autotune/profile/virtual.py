@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from autotune import processes
-from autotune.errors import AutotuneError
+from autotune.errors import VirtualRunUnavailableError
 from autotune.workload import TrainSpec
 
 _TIMEOUT_S = 900.0
-
-
-class VirtualRunUnavailableError(AutotuneError):
-    """The engine cannot be run over fake tensors here; estimates go on with arithmetic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

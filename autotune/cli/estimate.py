@@ -1,0 +1,155 @@
+"""`autotune estimate`."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autotune.cli.options import as_json, config_file, echo_json, resolve_options, shared
+from autotune.cli.summary import estimate_text
+from autotune.errors import UsageError, VirtualRunUnavailableError
+from autotune.setting import ZERO_STAGES, Setting, Structure
+
+if TYPE_CHECKING:
+    from autotune.intake import Question
+
+
+@click.command(name="estimate")
+@shared()
+@click.option(
+    "--micro-batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Rows a micro-step and rank [1].",
+)
+@click.option(
+    "--zero-stage",
+    type=click.IntRange(min=ZERO_STAGES[0], max=ZERO_STAGES[-1]),
+    default=0,
+    metavar="0-3",
+    help="ZeRO stage [0].",
+)
+@click.option(
+    "--offload-optimizer",
+    type=click.Choice(["none", "cpu"]),
+    default="none",
+    help="Where the optimizer's states are [none: on the device].",
+)
+@click.option(
+    "--offload-param",
+    type=click.Choice(["none", "cpu"]),
+    default="none",
+    help="Where ZeRO 3 keeps the parameters [none: on the device].",
+)
+@click.option(
+    "--checkpointing",
+    type=click.Choice(["none", "full"]),
+    default="none",
+    help="Whether blocks recompute their activations [none].",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["sdpa", "eager"]),
+    default="sdpa",
+    help="Attention implementation [sdpa].",
+)
+@click.option(
+    "--seq-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of every row, where no dataset is named [the limit].",
+)
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Step the real DeepSpeed engine over fake tensors instead of doing arithmetic.",
+)
+@config_file
+@as_json
+def command(  # noqa: PLR0913 - the fields of a setting
+    config: Path | None,
+    micro_batch_size: int,
+    seq_length: int | None,
+    *,
+    exact: bool,
+    as_json: bool,
+    zero_stage: int,
+    offload_optimizer: Any,  # noqa: ANN401 - an Offload
+    offload_param: Any,  # noqa: ANN401 - an Offload
+    checkpointing: str,
+    attention: str,
+    **flags: Any,  # noqa: ANN401
+) -> None:
+    """Estimate memory and speed of one setting, with the DeepSpeed config it would get."""
+    from autotune import intake
+
+    question = intake.ask(resolve_options(flags, config))
+    structure = Structure(
+        zero_stage=zero_stage,
+        offload_optimizer=offload_optimizer,
+        offload_param=offload_param,
+        checkpointing=checkpointing,
+        attention=attention,
+    )
+    document = _estimate(
+        question, _setting(question, structure, micro_batch_size), seq_length, exact
+    )
+    if as_json:
+        echo_json(document)
+    else:
+        click.echo(estimate_text(document))
+
+
+def _setting(question: "Question", structure: Structure, micro_batch_size: int) -> Setting:
+    """Return the setting, if DeepSpeed has it and the global batch can be kept.
+
+    Raises:
+        UsageError: not so; the message says what could be chosen.
+    """
+    from autotune.space import micro_batch_sizes
+
+    ranks = question.cluster.num_devices
+    global_batch_size = question.options["global_batch_size"]
+    sizes = micro_batch_sizes(global_batch_size, ranks)
+    if micro_batch_size not in sizes:
+        msg = (
+            f"a global batch of {global_batch_size} over {ranks} ranks has no micro-batch of "
+            f"{micro_batch_size}: use one of {', '.join(map(str, sizes))}"
+        )
+        raise UsageError(msg)
+    if structure.offload_optimizer != "none" and structure.zero_stage < 1:
+        msg = "--offload-optimizer needs --zero-stage 1 or more"
+        raise UsageError(msg)
+    if structure.offload_param != "none" and structure.zero_stage < ZERO_STAGES[-1]:
+        msg = "--offload-param needs --zero-stage 3"
+        raise UsageError(msg)
+    return structure.with_micro_batch(micro_batch_size, ranks, global_batch_size)
+
+
+def _estimate(
+    question: "Question",
+    setting: Setting,
+    seq_length: int | None,
+    exact: bool,  # noqa: FBT001 - one of the command's flags
+) -> dict[str, Any]:
+    from autotune import intake
+    from autotune.documents import estimate_document
+
+    intake.start_processes(question.cluster)
+    with tempfile.TemporaryDirectory(prefix="autotune-estimate-") as scratch:
+        workload = intake.look_into(
+            question,
+            dataset_dir=Path(scratch) / "dataset",
+            logs=Path(scratch),
+            seq_length=seq_length,
+            attention=setting.structure.attention,
+        )
+        virtual = None
+        if exact:
+            try:
+                virtual = intake.run_virtually(workload, setting, Path(scratch) / "virtual.log")
+            except VirtualRunUnavailableError as error:
+                click.echo(f"answered by arithmetic, as {error}", err=True)
+    return estimate_document(workload, setting, virtual)
