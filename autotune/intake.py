@@ -99,7 +99,7 @@ def look_into(
     dataset_dir: Path,
     logs: Path,
     seq_length: int | None = None,
-    attention: str = "sdpa",
+    attention: str = "auto",
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
 
@@ -131,7 +131,12 @@ def look_into(
         lengths = Rows.open(dataset_dir).lengths
         _log.info(describe_dataset(dataset))
     rates = _rates(cluster, precision, logs)
-    space = enumerate_space(cluster, job.global_batch_size)
+    space = enumerate_space(
+        cluster,
+        job.global_batch_size,
+        attention=profile.attention,
+        checkpointing_modes=tuple(mode for mode, _ in profile.traces),
+    )
     return Workload(
         question=question,
         job=job,

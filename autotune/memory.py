@@ -4,6 +4,7 @@ N is the number of data-parallel ranks, Psi the parameters, Psi_t the trainable 
 the compute type. Sources: ZeRO (arXiv:1910.02054, section 3 and 5) and DeepSpeed's runtime/zero.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from autotune.hardware import Cluster
 from autotune.space import Space
 from autotune.throughput import evaluate
-from autotune.workload import Job, ModelProfile
+from autotune.workload import Job, ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
 
@@ -77,8 +78,7 @@ def estimate_memory(
     space: Space, profile: ModelProfile, job: Job, cluster: Cluster, longest_row: int
 ) -> MemoryEstimate:
     """Estimate every setting at its worst micro-batch: all rows as long as the longest."""
-    logits = _per_checkpointing(space, profile, "logits_bytes", longest_row)
-    activations = _per_checkpointing(space, profile, "activations_bytes", longest_row)
+    activations, logits = _activations(space, profile, longest_row)
     optimizer = _optimizer(space, profile, job)
     weights = _weights(space, profile, job)
     params_off = _offloaded(space, "offload_param")
@@ -134,13 +134,19 @@ def _optimizer(space: Space, profile: ModelProfile, job: Job) -> Floats:
     return bytes_a_parameter * profile.trainable_parameters / _sharded(space, 1)
 
 
-def _per_checkpointing(space: Space, profile: ModelProfile, figure: str, length: int) -> Floats:
-    """Evaluate a traced polynomial for each setting's checkpointing mode and micro-batch."""
+def _activations(space: Space, profile: ModelProfile, length: int) -> tuple[Floats, Floats]:
+    """Return activations and the logits among them, by checkpointing mode and micro-batch."""
     modes, place = np.unique(space.column("checkpointing"), return_inverse=True)
-    polynomials = [getattr(profile.trace(mode), figure) for mode in modes.tolist()]
-    a_row = [evaluate(polynomial, 1, np.array([length]))[0] for polynomial in polynomials]
-    result: Floats = np.array(a_row)[place] * space.micro_batch_size
-    return result
+    traces = [profile.trace(mode) for mode in modes.tolist()]
+    peaks = np.array([_peak_of_a_row(trace.activations_bytes, length) for trace in traces])
+    logits = np.array([_peak_of_a_row((trace.logits_bytes,), length) for trace in traces])
+    rows = space.micro_batch_size
+    return peaks[place] * rows, np.minimum(logits, peaks)[place] * rows
+
+
+def _peak_of_a_row(moments: Sequence[Polynomial], length: int) -> float:
+    """Return the largest of the polynomials."""
+    return max(float(evaluate(moment, 1, np.array([length]))[0]) for moment in moments)
 
 
 def _buffers(space: Space, profile: ModelProfile, job: Job) -> Floats:

@@ -13,6 +13,7 @@ from autotune.setting import ZERO_STAGES, Offload, Setting, Structure
 Ints = NDArray[np.int64]
 
 CHECKPOINTING_MODES = ("none", "full")
+"""Of a model that transformers can checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +42,21 @@ class Space:
         return values[self.structure_index]
 
 
-def enumerate_space(cluster: Cluster, global_batch_size: int) -> Space:
+def enumerate_space(
+    cluster: Cluster,
+    global_batch_size: int,
+    *,
+    attention: str = "sdpa",
+    checkpointing_modes: tuple[str, ...] = CHECKPOINTING_MODES,
+) -> Space:
     """Return all structures that make sense on the cluster, with every micro-batch size.
+
+    Attention implementation and checkpointing modes are those that the model has.
 
     Raises:
         UsageError: the global batch cannot be split evenly over the ranks.
     """
-    structures = tuple(_structures(cluster))
+    structures = tuple(_structures(cluster, attention, checkpointing_modes))
     sizes = micro_batch_sizes(global_batch_size, cluster.num_devices)
     micro_batch_size = np.tile(np.array(sizes), len(structures))
     return Space(
@@ -59,12 +68,19 @@ def enumerate_space(cluster: Cluster, global_batch_size: int) -> Space:
     )
 
 
-def _structures(cluster: Cluster) -> list[Structure]:
+def _structures(
+    cluster: Cluster, attention: str, checkpointing_modes: tuple[str, ...]
+) -> list[Structure]:
     return [
-        Structure(zero_stage=stage, offload_optimizer=offload, checkpointing=checkpointing)
+        Structure(
+            zero_stage=stage,
+            offload_optimizer=offload,
+            checkpointing=checkpointing,
+            attention=attention,
+        )
         for stage in ZERO_STAGES
         for offload in _optimizer_places(cluster, stage)
-        for checkpointing in CHECKPOINTING_MODES
+        for checkpointing in checkpointing_modes
     ]
 
 

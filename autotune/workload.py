@@ -75,13 +75,14 @@ class Trace:
     """One way to run the model's forward and backward pass, traced.
 
     Attributes:
-        activations_bytes: peak of live bytes besides parameters and their gradients.
+        activations_bytes: live bytes besides parameters and their gradients, a polynomial for each
+            moment that may be the peak; the largest of them is.
         logits_bytes: the share of that peak which grows with the vocabulary.
         flops: forward and backward, recomputation included.
         operators: operators that a forward and backward pass starts.
     """
 
-    activations_bytes: Polynomial
+    activations_bytes: tuple[Polynomial, ...]
     logits_bytes: Polynomial
     flops: Polynomial
     operators: float

@@ -84,13 +84,13 @@ def make_profile(**changes: Any) -> ModelProfile:  # noqa: ANN401 - fields of a 
     flops = Polynomial(c0=0.0, c1=6e9, c2=1e5)
     logits = Polynomial(c0=0.0, c1=4e5, c2=0.0)
     plain = Trace(
-        activations_bytes=Polynomial(c0=1e6, c1=4e6, c2=300.0),
+        activations_bytes=(Polynomial(c0=1e6, c1=4e6, c2=300.0),),
         logits_bytes=logits,
         flops=flops,
         operators=2000.0,
     )
     full = Trace(
-        activations_bytes=Polynomial(c0=1e6, c1=6e5, c2=30.0),
+        activations_bytes=(Polynomial(c0=1e6, c1=6e5, c2=30.0),),
         logits_bytes=logits,
         flops=Polynomial(c0=0.0, c1=flops.c1 * 4 / 3, c2=flops.c2 * 4 / 3),
         operators=2700.0,

@@ -41,7 +41,7 @@ coefficients = st.floats(0, 1e7)
 polynomials = st.builds(Polynomial, c0=coefficients, c1=coefficients, c2=st.floats(0, 1e4))
 traces = st.builds(
     Trace,
-    activations_bytes=polynomials,
+    activations_bytes=st.tuples(polynomials),
     logits_bytes=polynomials,
     flops=polynomials,
     operators=st.just(1.0),

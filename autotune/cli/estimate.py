@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     "--attention",
     type=click.Choice(["sdpa", "eager"]),
     default="sdpa",
-    help="Attention implementation [sdpa].",
+    help="Attention implementation that the model has [sdpa].",
 )
 @click.option(
     "--seq-length",

@@ -109,7 +109,7 @@ def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
 
 def _trace_from_json(fields: dict[str, Any]) -> Trace:
     return Trace(
-        activations_bytes=Polynomial(**fields["activations_bytes"]),
+        activations_bytes=tuple(Polynomial(**moment) for moment in fields["activations_bytes"]),
         logits_bytes=Polynomial(**fields["logits_bytes"]),
         flops=Polynomial(**fields["flops"]),
         operators=fields["operators"],

@@ -7,6 +7,8 @@ from autotune.workload import Precision
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRequest:
+    """A model, and how it is to run; attention `auto` is sdpa, or eager where a model lacks it."""
+
     model_dir: str
     trust_remote_code: bool
     attention: str

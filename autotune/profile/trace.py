@@ -5,7 +5,7 @@ costs is then known, and everything grows with the number of layers from there.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from autotune.profile.live_bytes import FixedScalars, LiveBytes
 from autotune.profile.request import TraceRequest
 from autotune.workload import ModelProfile, Polynomial, Trace
 
-CHECKPOINTING_MODES = ("none", "full")
-_LENGTHS = (128, 512, 1024)
+_LONGEST = 4096
+_NO_LIMIT = 2**20
+"""Positions of a model that takes rows of any length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +40,11 @@ def trace_model(request: TraceRequest) -> ModelProfile:
     )
     text = config.get_text_config()
     with torch.device("meta"):
-        sizes = [parameter.numel() for parameter in _build(config, request).parameters()]
+        request = _choose_attention(config, request)
+        model = _build(config, request)
         one, two = (_count(_build(_with_depth(config, depth), request)) for depth in (1, 2))
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    modes = ("none", "full") if model.supports_gradient_checkpointing else ("none",)
     return ModelProfile(
         architecture=(config.architectures or [type(config).__name__])[0],
         parameters=sum(sizes),
@@ -50,11 +54,36 @@ def trace_model(request: TraceRequest) -> ModelProfile:
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        max_position_embeddings=text.max_position_embeddings,
+        max_position_embeddings=_positions(config),
         attention=request.attention,
         precision=request.precision,
-        traces=tuple((mode, _trace(config, request, mode)) for mode in CHECKPOINTING_MODES),
+        traces=tuple((mode, _trace(config, request, mode)) for mode in modes),
     )
+
+
+def _choose_attention(config: Any, request: TraceRequest) -> TraceRequest:  # noqa: ANN401
+    if request.attention != "auto":
+        return request
+    sdpa = replace(request, attention="sdpa")
+    try:
+        _build(_with_depth(config, 1), sdpa)
+    except ValueError:
+        # This is how transformers says that an architecture does not have it.
+        return replace(request, attention="eager")
+    return sdpa
+
+
+def _positions(config: Any) -> int:  # noqa: ANN401 - PretrainedConfig
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+
+
+def _traced_lengths(config: Any) -> tuple[tuple[int, int, int], ...]:  # noqa: ANN401
+    """Return triples of lengths, each enough for a polynomial of second degree.
+
+    Where short rows peak at another moment than long ones, each triple finds its own.
+    """
+    longest = min(_LONGEST, _positions(config))
+    return (longest // 64, longest // 32, longest // 16), (longest // 4, longest // 2, longest)
 
 
 def _with_depth(config: Any, depth: int) -> Any:  # noqa: ANN401 - PretrainedConfig
@@ -82,21 +111,42 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _trace(config: Any, request: TraceRequest, mode: str) -> Trace:  # noqa: ANN401
-    layers = config.get_text_config().num_hidden_layers
-    shallow = [_run(_with_depth(config, 1), request, mode, length) for length in _LENGTHS]
-    deeper = [_run(_with_depth(config, 2), request, mode, length) for length in _LENGTHS]
-
-    def at_full_depth(figure: str) -> list[float]:
-        return [
-            getattr(one, figure) + (layers - 1) * (getattr(two, figure) - getattr(one, figure))
-            for one, two in zip(shallow, deeper, strict=True)
-        ]
-
+    short, long = (
+        _Figures(lengths, [_at_full_depth(config, request, mode, length) for length in lengths])
+        for lengths in _traced_lengths(config)
+    )
     return Trace(
-        activations_bytes=_through(_LENGTHS, at_full_depth("activations_bytes")),
+        activations_bytes=(
+            short.polynomial("activations_bytes"),
+            long.polynomial("activations_bytes"),
+        ),
         logits_bytes=_logits(config, request, mode),
-        flops=_through(_LENGTHS, at_full_depth("flops")),
-        operators=max(at_full_depth("operators")),
+        flops=long.polynomial("flops"),
+        operators=max(one.operators for one in long.passes),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    lengths: tuple[int, ...]
+    passes: list[_Pass]
+
+    def polynomial(self, figure: str) -> Polynomial:
+        """Return the polynomial through a figure of the passes."""
+        values = [getattr(one, figure) for one in self.passes]
+        c2, c1, c0 = np.polyfit(self.lengths, values, deg=2)
+        return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
+
+
+def _at_full_depth(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
+    """Trace one and two layers, and go on from there: each further layer adds the same."""
+    more = config.get_text_config().num_hidden_layers - 1
+    one, two = (_run(_with_depth(config, depth), request, mode, length) for depth in (1, 2))
+    return _Pass(
+        activations_bytes=one.activations_bytes
+        + more * (two.activations_bytes - one.activations_bytes),
+        flops=one.flops + more * (two.flops - one.flops),
+        operators=one.operators + more * (two.operators - one.operators),
     )
 
 
@@ -105,16 +155,13 @@ def _logits(config: Any, request: TraceRequest, mode: str) -> Polynomial:  # noq
     half = _with_depth(config, 1)
     vocab_size = half.get_text_config().vocab_size
     half.get_text_config().vocab_size = vocab_size // 2
-    length = _LENGTHS[1]
+    # It may lie in the half that is gone.
+    half.get_text_config().pad_token_id = None
+    length = _traced_lengths(config)[-1][0]
     whole_bytes = _run(_with_depth(config, 1), request, mode, length).activations_bytes
     half_bytes = _run(half, request, mode, length).activations_bytes
     growth = (whole_bytes - half_bytes) * vocab_size / (vocab_size - vocab_size // 2)
     return Polynomial(c0=0.0, c1=growth / length, c2=0.0)
-
-
-def _through(lengths: tuple[int, ...], values: list[float]) -> Polynomial:
-    c2, c1, c0 = np.polyfit(lengths, values, deg=2)
-    return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
 
 
 def _run(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401

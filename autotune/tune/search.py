@@ -124,7 +124,8 @@ def default_setting(plan: Plan) -> Setting:
     """Return what a user would start with: one row a micro-step, no ZeRO, or the smallest kept."""
     needs = np.where(plan.kept, plan.memory.device_bytes, np.inf)
     smallest = plan.space.setting(int(np.argmin(needs)))
-    plain = Structure(zero_stage=0).with_micro_batch(
+    attention = smallest.structure.attention
+    plain = Structure(zero_stage=0, attention=attention).with_micro_batch(
         1,
         plan.space.ranks,
         smallest.micro_batch_size * smallest.gradient_accumulation_steps * plan.space.ranks,

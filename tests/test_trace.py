@@ -1,0 +1,89 @@
+"""Tracing builds any causal language model of transformers without its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotune import builtin
+from autotune.profile.request import TraceRequest
+from autotune.workload import ModelProfile
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "intermediate_size": 160},
+    "qwen3": {"num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 16},
+    "gemma2": {"num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 16},
+    "gpt2": {"n_positions": 256, "n_inner": 160},
+    "opt": {"ffn_dim": 160, "word_embed_proj_dim": 64},
+    "gpt_neox": {"intermediate_size": 160},
+}
+
+
+def trace(directory: Path, attention: str = "auto") -> ModelProfile:
+    from autotune.profile.trace import trace_model
+
+    return trace_model(
+        TraceRequest(
+            model_dir=str(directory),
+            trust_remote_code=False,
+            attention=attention,
+            precision="fp32",
+        )
+    )
+
+
+def model(architecture: str, directory: Path) -> Path:
+    config = {
+        "model_type": architecture,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+        "max_position_embeddings": 256,
+        "pad_token_id": 500,
+        "eos_token_id": 501,
+        "bos_token_id": 502,
+        **TINY[architecture],
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_it_counts_what_the_built_model_has(architecture: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = model(architecture, tmp_path)
+    built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+
+    profile = trace(directory)
+
+    assert profile.parameters == sum(one.numel() for one in built.parameters())
+    assert profile.num_layers == 3
+    assert profile.max_position_embeddings == 256
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_attention_is_sdpa_where_the_model_has_it(architecture: str, tmp_path: Path) -> None:
+    expected = {"llama": "sdpa", "gemma2": "eager"}[architecture]
+    assert trace(model(architecture, tmp_path)).attention == expected
+
+
+@pytest.fixture(scope="module")
+def glm_tiny() -> ModelProfile:
+    return trace(builtin.directory("glm-tiny"))
+
+
+def test_checkpointing_trades_memory_for_arithmetic(glm_tiny: ModelProfile) -> None:
+    plain, full = glm_tiny.trace("none"), glm_tiny.trace("full")
+    assert full.activations_bytes[-1].c1 < plain.activations_bytes[-1].c1
+    assert full.flops.c1 > plain.flops.c1
+    assert full.operators > plain.operators
+
+
+def test_a_forward_and_a_backward_pass_take_six_operations_a_weight(glm_tiny: ModelProfile) -> None:
+    # Two in forward, four in backward (arXiv:2001.08361, section 2.1); the embedding only looks up.
+    embedding = glm_tiny.vocab_size * glm_tiny.hidden_size
+    expected = 6 * (glm_tiny.parameters - embedding)
+    assert glm_tiny.trace("none").flops.c1 == pytest.approx(expected, rel=0.01)
