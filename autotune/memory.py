@@ -4,7 +4,6 @@ N is the number of data-parallel ranks, Psi the parameters, Psi_t the trainable 
 the compute type. Sources: ZeRO (arXiv:1910.02054, section 3 and 5) and DeepSpeed's runtime/zero.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from autotune.hardware import Cluster
 from autotune.space import Space
 from autotune.throughput import evaluate
-from autotune.workload import Job, ModelProfile, Polynomial
+from autotune.workload import Job, ModelProfile, Peak
 
 Floats = NDArray[np.float64]
 
@@ -138,15 +137,17 @@ def _activations(space: Space, profile: ModelProfile, length: int) -> tuple[Floa
     """Return activations and the logits among them, by checkpointing mode and micro-batch."""
     modes, place = np.unique(space.column("checkpointing"), return_inverse=True)
     traces = [profile.trace(mode) for mode in modes.tolist()]
-    peaks = np.array([_peak_of_a_row(trace.activations_bytes, length) for trace in traces])
-    logits = np.array([_peak_of_a_row((trace.logits_bytes,), length) for trace in traces])
+    peaks = np.array([peak_of_a_row(trace.activations_bytes, length) for trace in traces])
+    logits = np.array([evaluate(trace.logits_bytes, 1, np.array([length]))[0] for trace in traces])
     rows = space.micro_batch_size
     return peaks[place] * rows, np.minimum(logits, peaks)[place] * rows
 
 
-def _peak_of_a_row(moments: Sequence[Polynomial], length: int) -> float:
-    """Return the largest of the polynomials."""
-    return max(float(evaluate(moment, 1, np.array([length]))[0]) for moment in moments)
+def peak_of_a_row(peak: Peak, length: int) -> float:
+    """Evaluate a traced peak at a length."""
+    if length < peak.lengths[-3]:
+        return float(np.interp(length, peak.lengths, peak.values))
+    return float(evaluate(peak.tail, 1, np.array([length]))[0])
 
 
 def _buffers(space: Space, profile: ModelProfile, job: Job) -> Floats:

@@ -71,18 +71,30 @@ class Polynomial:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The peak of a quantity of one row over its length.
+
+    Short rows peak at another moment of a pass than long ones. So `values` at `lengths` (ascending)
+    are joined by lines, up to where the last three give the polynomial `tail`.
+    """
+
+    lengths: tuple[int, ...]
+    values: tuple[float, ...]
+    tail: Polynomial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
     """One way to run the model's forward and backward pass, traced.
 
     Attributes:
-        activations_bytes: live bytes besides parameters and their gradients, a polynomial for each
-            moment that may be the peak; the largest of them is.
+        activations_bytes: live bytes besides parameters and their gradients.
         logits_bytes: the share of that peak which grows with the vocabulary.
         flops: forward and backward, recomputation included.
         operators: operators that a forward and backward pass starts.
     """
 
-    activations_bytes: tuple[Polynomial, ...]
+    activations_bytes: Peak
     logits_bytes: Polynomial
     flops: Polynomial
     operators: float

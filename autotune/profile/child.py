@@ -11,7 +11,7 @@ from autotune.errors import ConfigError, SetupFaultError
 from autotune.hardware import Rates
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
-from autotune.workload import ModelProfile, Polynomial, Trace
+from autotune.workload import ModelProfile, Peak, Polynomial, Trace
 
 _TAIL_BYTES = 2000
 
@@ -109,10 +109,18 @@ def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
 
 def _trace_from_json(fields: dict[str, Any]) -> Trace:
     return Trace(
-        activations_bytes=tuple(Polynomial(**moment) for moment in fields["activations_bytes"]),
+        activations_bytes=_peak_from_json(fields["activations_bytes"]),
         logits_bytes=Polynomial(**fields["logits_bytes"]),
         flops=Polynomial(**fields["flops"]),
         operators=fields["operators"],
+    )
+
+
+def _peak_from_json(fields: dict[str, Any]) -> Peak:
+    return Peak(
+        lengths=tuple(fields["lengths"]),
+        values=tuple(fields["values"]),
+        tail=Polynomial(**fields["tail"]),
     )
 
 

@@ -5,6 +5,7 @@ costs is then known, and everything grows with the number of layers from there.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autotune.engine.model import DTYPES, enable_checkpointing
 from autotune.profile.live_bytes import FixedScalars, LiveBytes
 from autotune.profile.request import TraceRequest
-from autotune.workload import ModelProfile, Polynomial, Trace
+from autotune.workload import ModelProfile, Peak, Polynomial, Trace
 
 _LONGEST = 4096
 _NO_LIMIT = 2**20
@@ -77,13 +78,10 @@ def _positions(config: Any) -> int:  # noqa: ANN401 - PretrainedConfig
     return getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
 
 
-def _traced_lengths(config: Any) -> tuple[tuple[int, int, int], ...]:  # noqa: ANN401
-    """Return triples of lengths, each enough for a polynomial of second degree.
-
-    Where short rows peak at another moment than long ones, each triple finds its own.
-    """
+def _traced_lengths(config: Any) -> tuple[int, ...]:  # noqa: ANN401 - PretrainedConfig
+    """Return lengths that the model takes, ascending; the last three give a polynomial."""
     longest = min(_LONGEST, _positions(config))
-    return (longest // 64, longest // 32, longest // 16), (longest // 4, longest // 2, longest)
+    return tuple(longest // share for share in (64, 32, 16, 8, 4, 2, 1))
 
 
 def _with_depth(config: Any, depth: int) -> Any:  # noqa: ANN401 - PretrainedConfig
@@ -111,31 +109,22 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _trace(config: Any, request: TraceRequest, mode: str) -> Trace:  # noqa: ANN401
-    short, long = (
-        _Figures(lengths, [_at_full_depth(config, request, mode, length) for length in lengths])
-        for lengths in _traced_lengths(config)
-    )
+    lengths = _traced_lengths(config)
+    passes = [_at_full_depth(config, request, mode, length) for length in lengths]
+    bytes_ = [float(one.activations_bytes) for one in passes]
     return Trace(
-        activations_bytes=(
-            short.polynomial("activations_bytes"),
-            long.polynomial("activations_bytes"),
+        activations_bytes=Peak(
+            lengths=lengths, values=tuple(bytes_), tail=_through(lengths[-3:], bytes_[-3:])
         ),
         logits_bytes=_logits(config, request, mode),
-        flops=long.polynomial("flops"),
-        operators=max(one.operators for one in long.passes),
+        flops=_through(lengths[-3:], [float(one.flops) for one in passes[-3:]]),
+        operators=max(one.operators for one in passes),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Figures:
-    lengths: tuple[int, ...]
-    passes: list[_Pass]
-
-    def polynomial(self, figure: str) -> Polynomial:
-        """Return the polynomial through a figure of the passes."""
-        values = [getattr(one, figure) for one in self.passes]
-        c2, c1, c0 = np.polyfit(self.lengths, values, deg=2)
-        return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
+def _through(lengths: Sequence[int], values: Sequence[float]) -> Polynomial:
+    c2, c1, c0 = np.polyfit(lengths, values, deg=2)
+    return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
 
 
 def _at_full_depth(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
@@ -157,7 +146,7 @@ def _logits(config: Any, request: TraceRequest, mode: str) -> Polynomial:  # noq
     half.get_text_config().vocab_size = vocab_size // 2
     # It may lie in the half that is gone.
     half.get_text_config().pad_token_id = None
-    length = _traced_lengths(config)[-1][0]
+    length = _traced_lengths(config)[-2]
     whole_bytes = _run(_with_depth(config, 1), request, mode, length).activations_bytes
     half_bytes = _run(half, request, mode, length).activations_bytes
     growth = (whole_bytes - half_bytes) * vocab_size / (vocab_size - vocab_size // 2)
