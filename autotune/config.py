@@ -10,6 +10,23 @@ from autotune.units import parse_bytes, parse_duration
 
 Parse = Callable[[Any], Any]
 
+FORMATS = (
+    "messages",
+    "sharegpt",
+    "sharegpt-pairs",
+    "chatglm3",
+    "glm4",
+    "alpaca",
+    "prompt-completion",
+    "prompt-response",
+    "context-target",
+    "adgen",
+    "text",
+    "segments",
+    "tokens",
+)
+"""The conventions of rows that the dataset package reads; a test holds the two lists together."""
+
 
 def _whole_above_zero(value: Any) -> int:  # noqa: ANN401 - YAML or text
     number = _number(value)
@@ -76,6 +93,25 @@ def _flag(value: Any) -> bool:  # noqa: ANN401 - YAML or text
     return value
 
 
+def _whole_or_auto(value: Any) -> int | None:  # noqa: ANN401 - YAML or text
+    return None if value == "auto" else _whole_above_zero(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one or a list
+    """Read one text or several; a mapping gives a text "name=value" for each of its entries."""
+    if isinstance(value, dict):
+        value = [f"{name}={entry}" for name, entry in value.items()]
+    return tuple(_text(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _cap(value: Any) -> str:  # noqa: ANN401 - YAML or text
+    text = str(value).strip()
+    if _number(text.removesuffix("%")) < 0:
+        msg = f"{value!r} is neither a number of lines nor a share like 2%"
+        raise ValueError(msg)
+    return text
+
+
 def _size(value: Any) -> int:  # noqa: ANN401 - YAML or text
     return parse_bytes(str(value))
 
@@ -99,6 +135,7 @@ class Option:
     """An option of the command line and key of the configuration file.
 
     `default` is what holds if nobody says anything; None means that it follows from other facts.
+    With `multiple` the flag may be repeated.
     """
 
     name: str
@@ -106,6 +143,7 @@ class Option:
     default: Any
     metavar: str
     help: str
+    multiple: bool = False
 
     @property
     def flag(self) -> str:
@@ -121,7 +159,49 @@ OPTIONS: tuple[Option, ...] = (
         help="Hub id, local directory, or builtin:glm-tiny (a small demo model).",
     ),
     Option(
-        name="dataset", parse=_text, default=None, metavar="FILE", help="JSONL file to train on."
+        name="dataset",
+        parse=_texts,
+        default=None,
+        metavar="FILE[@WEIGHT]",
+        help="JSONL file to train on; its rows are taken WEIGHT times an epoch. May be repeated.",
+        multiple=True,
+    ),
+    Option(
+        name="format",
+        parse=_one_of(*FORMATS),
+        default=None,
+        metavar="NAME",
+        help=f"Convention of the rows [recognised]: {', '.join(FORMATS)}.",
+    ),
+    Option(
+        name="map",
+        parse=_texts,
+        default=None,
+        metavar="ROLE=KEY",
+        help="Key of the rows for user, assistant, input, system, history, tools; or for messages, "
+        "role, content; or for text. May be repeated.",
+        multiple=True,
+    ),
+    Option(
+        name="train_on_prompt",
+        parse=_flag,
+        default=False,
+        metavar="",
+        help="Train on every token, not on the answers alone.",
+    ),
+    Option(
+        name="on_bad_line",
+        parse=_one_of("fail", "skip", "quarantine"),
+        default="fail",
+        metavar="fail|skip|quarantine",
+        help="What a line that cannot be used does; quarantine keeps it in a file.",
+    ),
+    Option(
+        name="max_bad_lines",
+        parse=_cap,
+        default=None,
+        metavar="N|X%",
+        help="Bad lines that are borne when they are skipped [1% of the rows, at least 100].",
     ),
     Option(
         name="run_dir",
@@ -153,10 +233,24 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="max_seq_length",
-        parse=_whole_above_zero,
+        parse=_whole_or_auto,
         default=None,
-        metavar="N",
-        help="Tokens a row at most; longer ones lose their end [the model's limit].",
+        metavar="N|auto",
+        help="Tokens a sequence at most; auto is the model's limit [auto].",
+    ),
+    Option(
+        name="overlong",
+        parse=_one_of("truncate", "drop", "refuse"),
+        default="truncate",
+        metavar="truncate|drop|refuse",
+        help="What happens to a row that is longer.",
+    ),
+    Option(
+        name="packing",
+        parse=_flag,
+        default=False,
+        metavar="",
+        help="Put several sequences into one row, kept apart by their positions.",
     ),
     Option(
         name="epochs",

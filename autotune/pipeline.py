@@ -41,8 +41,8 @@ def choose_run_dir(question: Question) -> RunDir:
     """Return --run-dir, or runs/<dataset>-<model>-<first 8 of the fingerprint>."""
     if question.options["run_dir"]:
         return RunDir(Path(question.options["run_dir"]).absolute())
-    assert question.dataset is not None, "a run has a dataset"
-    name = f"{question.dataset.stem}-{question.source.short_name}-{question.fingerprint[:8]}"
+    assert question.dataset, "a run has a dataset"
+    name = f"{question.dataset[0].path.stem}-{question.source.short_name}-{question.fingerprint[:8]}"
     return RunDir(Path("runs").absolute() / name)
 
 

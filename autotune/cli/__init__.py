@@ -21,6 +21,7 @@ _COMMANDS = {
     "tune": "Find the fastest setting that fits, without training.",
     "train": "Train with the setting that was found; goes on from the last checkpoint.",
     "plan": "Show which settings fit and how fast they may be, without probing.",
+    "data": "Show what a data file holds and how it is trained on.",
     "detect": "Show the devices and what of them may be used.",
 }
 
