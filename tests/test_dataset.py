@@ -127,7 +127,10 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, object]]]:
 
 
 def tokenize_all(conversation: Conversation, tokenizer: Any) -> list[Any]:  # noqa: ANN401
-    return TemplateCodec(tokenizer, train_on_prompt=False).encode(conversation)
+    (made,) = TemplateCodec(tokenizer, train_on_prompt=False).encode([conversation])
+    if isinstance(made, RowError):
+        raise made
+    return [(np.asarray(ids, np.int32), np.asarray(trained, np.bool_)) for ids, trained in made]
 
 
 def tokenize(conversation: Conversation, tokenizer: Any) -> Any:  # noqa: ANN401
@@ -568,7 +571,10 @@ def test_a_system_message_without_a_place_goes_in_front_of_the_user_and_is_count
 ) -> None:
     tokenizer = build_tokenizer(template)
     codec = TemplateCodec(tokenizer, train_on_prompt=False)
-    ((ids, trained),) = codec.encode(conversation(TWO_TURNS))
+    (made,) = codec.encode([conversation(TWO_TURNS)])
+    assert not isinstance(made, RowError)
+    ((ids, mask),) = made
+    trained = np.asarray(mask, np.bool_)
     assert tokenizer.decode(ids).startswith("<|im_start|>user\nBe kind.\n\nHi there<|im_end|>")
     assert trained_texts((ids, trained), tokenizer) == [
         "Hello 😀<|im_end|>",

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from autotune.dataset.conversation import Content, Conversation, Message, Segments, Text, Tokens
-from autotune.dataset.encode import TokenRow, join_parts
+from autotune.dataset.encode import TokenRow, join_parts, tokens_row
+from autotune.dataset.lines import RowError
 from autotune.errors import InputMissingError
 
 SPECIAL_TOKENS = (
@@ -57,16 +58,19 @@ class ChatGlm3Codec:
         self.notes: Counter[str] = Counter()
         self.ends = frozenset({self.eos, *self._names})
 
-    def encode(self, content: Content) -> list[TokenRow]:
+    def encode(self, contents: Sequence[Content]) -> list[list[TokenRow] | RowError]:
+        return [[self._row(content)] for content in contents]
+
+    def _row(self, content: Content) -> TokenRow:
         match content:
             case Conversation():
-                return [join_parts(self._conversation(content))]
+                return join_parts(self._conversation(content))
             case Segments():
-                return [join_parts((self._ids(text), on) for text, on in content.parts)]
+                return join_parts((self._ids(text), on) for text, on in content.parts)
             case Text():
-                return [join_parts([(self._opening(), True), ([*self._ids(content.text), self.eos], True)])]
+                return join_parts([([*self._opening(), *self._ids(content.text), self.eos], True)])
             case Tokens():
-                return [join_parts(zip([[i] for i in content.input_ids], content.trained, strict=True))]
+                return tokens_row(content)
 
     def decode(self, ids: Sequence[int]) -> str:
         text, run = "", []

@@ -1,13 +1,14 @@
 """From what a row says to token ids, and to the mask of those that are trained on."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autotune.dataset.anchors import Anchors, find_anchors
 from autotune.dataset.conversation import Content, Conversation, Segments, Text, Tokens
 from autotune.dataset.lines import RowError
 from autotune.dataset.shapes import ShapeCache
@@ -18,13 +19,21 @@ from autotune.errors import InputMissingError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TokenRow = tuple[NDArray[np.int32], NDArray[np.bool_]]
+TokenRow = tuple[list[int], bytearray]
+"""Token ids, and a 1 for each of them that is trained on.
+
+Plain lists, as arrays of a few hundred numbers cost more to make than to fill.
+"""
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 _MAX_ASCII = 127
+_NO_ANCHORS = object()
 
 
 class Codec(Protocol):
-    """What turns a row into tokens; one row may give several sequences.
+    """What turns rows into tokens; one row may give several sequences.
 
     `notes` counts rows that were not taken word for word, by what was done to them. `ends` are the
     tokens that can end a turn.
@@ -33,12 +42,8 @@ class Codec(Protocol):
     notes: Counter[str]
     ends: frozenset[int]
 
-    def encode(self, content: Content) -> list[TokenRow]:
-        """Return the token ids of each sequence of a row, and for each id whether it is trained on.
-
-        Raises:
-            RowError: the row cannot be written in the model's form.
-        """
+    def encode(self, contents: Sequence[Content]) -> "list[list[TokenRow] | RowError]":
+        """Return the sequences of each row, or why it cannot be written in the model's form."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, with the special ones written out."""
@@ -69,11 +74,34 @@ def load_codec(
 def join_parts(parts: Iterable[tuple[Sequence[int], bool]]) -> TokenRow:
     """Join token ids that are each trained on as a whole, or not."""
     ids: list[int] = []
-    trained: list[bool] = []
+    trained = bytearray()
     for part, is_trained in parts:
         ids += part
-        trained += [is_trained] * len(part)
-    return np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=np.bool_)
+        trained += (b"\1" if is_trained else b"\0") * len(part)
+    return ids, trained
+
+
+def tokens_row(content: Tokens) -> TokenRow:
+    """Return a row that was tokenised before."""
+    return list(content.input_ids), bytearray(content.trained)
+
+
+def attempt(function: "Callable[[_A], _B]", value: "_A") -> "_B | RowError":
+    """Return what a function makes of a value, or the RowError that it raises."""
+    try:
+        return function(value)
+    except RowError as error:
+        return error
+
+
+def _settled(parts: "list[TokenRow | RowError]") -> "list[TokenRow] | RowError":
+    """Return the sequences of a row, or the error of one of them."""
+    rows = []
+    for part in parts:
+        if isinstance(part, RowError):
+            return part
+        rows.append(part)
+    return rows
 
 
 class TemplateCodec:
@@ -91,6 +119,12 @@ class TemplateCodec:
         if self._engine is not None:
             self._engine.no_truncation()
             self._engine.no_padding()
+        # Only what the engine splits off as it stands, with no white space, can serve as an anchor.
+        self._special = frozenset(
+            number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and not (token.lstrip or token.rstrip or token.single_word)
+        )
         self.notes: Counter[str] = Counter()
         self.ends = frozenset(tokenizer.added_tokens_decoder) | {tokenizer.eos_token_id} - {None}
 
@@ -98,16 +132,38 @@ class TemplateCodec:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
-    def encode(self, content: Content) -> list[TokenRow]:
+    def encode(self, contents: Sequence[Content]) -> "list[list[TokenRow] | RowError]":
+        # In steps over many rows: a tokenizer goes through memory enough to make what runs between
+        # two of its calls several times slower.
+        drafts = [attempt(self._draft, content) for content in contents]
+        samples = [
+            sample
+            for draft in drafts
+            if not isinstance(draft, RowError)
+            for sample in draft
+            if isinstance(sample, Sample)
+        ]
+        rows = iter(self._tokenised(samples))
+        return [
+            draft
+            if isinstance(draft, RowError)
+            else _settled([next(rows) if isinstance(part, Sample) else part for part in draft])
+            for draft in drafts
+        ]
+
+    def _draft(self, content: Content) -> "list[Sample | TokenRow]":
+        """Go as far with a row as is possible without tokenising conversations."""
         match content:
+            case Conversation() if self._template is not None:
+                return [*self._samples(content, self._template)]
             case Conversation():
-                return self._conversation(content)
+                return [self._plain_pair(content)]
             case Segments():
                 return [join_parts((self._ids(text), on) for text, on in content.parts)]
             case Text():
                 return [self._text(content.text)]
             case Tokens():
-                return [join_parts(zip([[i] for i in content.input_ids], content.trained, strict=True))]
+                return [tokens_row(content)]
 
     def _text(self, text: str) -> TokenRow:
         ids = list(self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
@@ -117,16 +173,15 @@ class TemplateCodec:
         eos = self._tokenizer.eos_token_id
         return [] if eos is None or ids[-1:] == [eos] else [int(eos)]
 
-    def _conversation(self, conversation: Conversation) -> list[TokenRow]:
-        if self._template is None:
-            return [self._plain_pair(conversation)]
-        if self._template.folds(conversation):
+    def _samples(self, conversation: Conversation, template: ChatTemplate) -> list[Sample]:
+        if template.folds(conversation):
             self.notes["system_folded"] += 1
-        samples = self._shapes.samples(self._template.fitted(conversation))
+        samples = self._shapes.samples(template.fitted(conversation))
         if len(samples) > 1:
             self.notes["split"] += 1
-        self._note_losses(conversation, samples)
-        return [self._sample(sample) for sample in samples]
+        if not conversation.is_plain:
+            self._note_losses(conversation, samples)
+        return samples
 
     def _note_losses(self, conversation: Conversation, samples: list[Sample]) -> None:
         names = [_tool_name(tool) for tool in conversation.tools]
@@ -159,29 +214,63 @@ class TemplateCodec:
         after += self._eos_unless(after)
         return join_parts([(before, self._train_on_prompt), (after, answer.trained)])
 
-    def _sample(self, sample: Sample) -> TokenRow:
-        spans = sample.off if self._train_on_prompt else sample.trained
+    def _tokenised(self, samples: Sequence[Sample]) -> "list[TokenRow | RowError]":
         if self._engine is None:
-            ids, places = self._with_prefixes(sample.text, spans)
-        else:
-            encoding = self._engine.encode(sample.text, add_special_tokens=False)
-            ids, places = encoding.ids, _places(sample.text, spans, encoding)
-        trained = np.full(len(ids), self._train_on_prompt, dtype=np.bool_)
-        for start, stop in places:
-            trained[start:stop] = not self._train_on_prompt
-        return np.asarray(ids, dtype=np.int32), trained
+            return [attempt(self._with_prefixes, sample) for sample in samples]
+        anchors = [self._anchors_of(sample) for sample in samples]
+        texts = [sample.text for sample, found in zip(samples, anchors, strict=True) if found]
+        # Without offsets, which the anchors stand in for.
+        encodings = iter(self._engine.encode_batch_fast(texts, add_special_tokens=False))
+        return [
+            self._anchored(sample, found, next(encodings)) if found else self._with_offsets(sample)
+            for sample, found in zip(samples, anchors, strict=True)
+        ]
 
-    def _with_prefixes(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
-        """Serve tokenizers in Python, which do not say where in the text a token is from."""
-        ids = self._ids(text)
+    def _anchored(self, sample: Sample, anchors: Anchors, encoding: Any) -> TokenRow:  # noqa: ANN401
+        ids: list[int] = encoding.ids
+        places = anchors.places(ids)
+        return self._with_offsets(sample) if places is None else self._masked(ids, places)
+
+    def _with_offsets(self, sample: Sample) -> TokenRow:
+        encoding = self._engine.encode(sample.text, add_special_tokens=False)
+        places = _places(sample.text, self._spans(sample), encoding)
+        return self._masked(encoding.ids, places)
+
+    def _spans(self, sample: Sample) -> tuple[Span, ...]:
+        return sample.off if self._train_on_prompt else sample.trained
+
+    def _masked(self, ids: list[int], places: Sequence[Span]) -> TokenRow:
+        mark, other = (b"\0", b"\1") if self._train_on_prompt else (b"\1", b"\0")
+        trained = bytearray(other * len(ids))
+        for start, stop in places:
+            trained[start:stop] = mark * (stop - start)
+        return ids, trained
+
+    def _anchors_of(self, sample: Sample) -> Anchors | None:
+        pieces = sample.pieces
+        if pieces is None:
+            return None
+        if pieces.anchors is None:
+            spans = pieces.off if self._train_on_prompt else pieces.trained
+            found = find_anchors(pieces, spans, self._engine, self._special)
+            pieces.anchors = found or _NO_ANCHORS
+        return pieces.anchors if isinstance(pieces.anchors, Anchors) else None
+
+    def _with_prefixes(self, sample: Sample) -> TokenRow:
+        """Serve tokenizers in Python, which do not say where in the text a token is from.
+
+        Raises:
+            RowError: a token reaches across the border of a turn.
+        """
+        ids = self._ids(sample.text)
         places = []
-        for span in spans:
-            heads = [self._ids(text[:place]) for place in span]
+        for span in self._spans(sample):
+            heads = [self._ids(sample.text[:place]) for place in span]
             if any(ids[: len(head)] != head for head in heads):
                 msg = "a token of the tokenizer reaches across the border of an assistant turn"
                 raise RowError(msg)
             places.append((len(heads[0]), len(heads[1])))
-        return ids, places
+        return self._masked(ids, places)
 
     def _ids(self, text: str) -> list[int]:
         if self._engine is not None:

@@ -10,7 +10,7 @@ import json
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -90,7 +90,7 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
 
 def _blocks(file: BinaryIO, path: Path, block_bytes: int) -> Iterator[Block]:
     head = file.read(block_bytes)
-    while len(head) < _HEAD_BYTES and not head.removeprefix(codecs.BOM_UTF8).strip(_WHITE):
+    while len(head) < _HEAD_BYTES and not head.strip(_WHITE + codecs.BOM_UTF8):
         more = file.read(block_bytes)
         if not more:
             break
@@ -241,10 +241,14 @@ def _count_keys(row: Row) -> int:
         depth += 1
         below: list[object] = []
         for value in level:
-            if isinstance(value, dict):
+            if type(value) is dict:
                 keys += len(value)
-                value = value.values()  # noqa: PLW2901 - what is inside, of either kind
-            below += [inner for inner in value if isinstance(inner, (dict, list))]  # type: ignore[attr-defined]
+                inner: Iterable[object] = value.values()
+            else:
+                inner = value  # type: ignore[assignment] # a list: nothing else is put there
+            for found in inner:
+                if type(found) is dict or type(found) is list:
+                    below.append(found)
         level = below
         if depth > _MAX_DEPTH:
             msg = f"objects and arrays are nested more than {_MAX_DEPTH} deep"

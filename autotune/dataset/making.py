@@ -1,7 +1,8 @@
 """Makes tokenised sequences of the lines of a file; what every process that tokenises does."""
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,13 +12,13 @@ from numpy.typing import NDArray
 
 from autotune.dataset.conventions import CONVENTIONS, Convention, mapped, refuse_preferences
 from autotune.dataset.conversation import Content
-from autotune.dataset.encode import TokenRow, load_codec
+from autotune.dataset.encode import TokenRow, attempt, load_codec
 from autotune.dataset.lines import Block, Line, Row, RowError, parse_row
 
 Overlong = Literal["truncate", "drop", "refuse"]
 Kind = Literal["bad", "overlong", "untrained"]
 
-_TEMPLATE_FREE = ("text", "segments", "tokens")
+_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,16 +99,31 @@ class RowMaker:
         """Make the sequences of a block."""
         batch = _Batch()
         self.codec.notes.clear()
-        for line in block:
-            batch.counts["rows"] += 1
-            try:
-                sequences = self._sequences(line.text, batch.unread)
-            except RowError as error:
-                batch.reported.append(Reported(line, "bad", str(error)))
-                continue
-            self._keep(line, sequences, batch)
+        for lines in _chunks(block):
+            batch.counts["rows"] += len(lines)
+            contents = [attempt(self._reader(batch.unread), line.text) for line in lines]
+            encoded = iter(
+                self.codec.encode([c for c in contents if not isinstance(c, RowError)])
+            )
+            for line, content in zip(lines, contents, strict=True):
+                found = content if isinstance(content, RowError) else next(encoded)
+                self._take(line, found, batch)
         batch.counts.update(self.codec.notes)
         return batch.made()
+
+    def _reader(self, unread: Counter[str]) -> Callable[[bytes], Content]:
+        return lambda text: self._content(text, unread)
+
+    def _take(self, line: Line, found: list[TokenRow] | RowError, batch: "_Batch") -> None:
+        if isinstance(found, RowError):
+            batch.reported.append(Reported(line, "bad", str(found)))
+            return
+        sequences = [row for row in found if 1 in row[1]]
+        if sequences:
+            self._keep(line, sequences, batch)
+        else:
+            reason = "no token of it is trained on: every answer is empty or switched off"
+            batch.reported.append(Reported(line, "bad", reason))
 
     def examples(self, line: Line) -> list[Example]:
         """Make the sequences of a line, with their messages; none if it is not used."""
@@ -115,8 +131,10 @@ class RowMaker:
 
         try:
             content = self._content(line.text, Counter())
-            sequences = self.codec.encode(content)
         except RowError:
+            return []
+        (sequences,) = self.codec.encode([content])
+        if isinstance(sequences, RowError):
             return []
         limit = self._recipe.limit
         if self._recipe.overlong == "drop" and any(len(ids) > limit for ids, _ in sequences):
@@ -125,9 +143,9 @@ class RowMaker:
         if isinstance(content, Conversation):
             messages = [turn.to_json() for turn in content.messages]
         return [
-            Example(messages, ids[:limit].tolist(), trained[:limit].tolist())
+            Example(messages, ids[:limit], [bool(mark) for mark in trained[:limit]])
             for ids, trained in sequences
-            if trained[:limit].any()
+            if 1 in trained[:limit]
         ]
 
     def _content(self, text: bytes, unread: Counter[str]) -> Content:
@@ -141,14 +159,6 @@ class RowMaker:
         if not self._recipe.explicit:
             refuse_preferences(row)
         unread.update(key for key in keys if row[key] not in (None, "", [], {}))
-
-    def _sequences(self, text: bytes, unread: Counter[str]) -> list[TokenRow]:
-        sequences = self.codec.encode(self._content(text, unread))
-        sequences = [row for row in sequences if row[1].any()]
-        if not sequences:
-            msg = "no token of it is trained on: every answer is empty or switched off"
-            raise RowError(msg)
-        return sequences
 
     def _keep(self, line: Line, sequences: Sequence[TokenRow], batch: "_Batch") -> None:
         limit = self._recipe.limit
@@ -164,7 +174,7 @@ class RowMaker:
             batch.reported.append(Reported(line, "overlong", reason))
             return
         cut = [(ids[:limit], trained[:limit]) for ids, trained in sequences]
-        kept = [(ids, trained) for ids, trained in cut if trained.any()]
+        kept = [(ids, trained) for ids, trained in cut if 1 in trained]
         batch.counts["tokens_lost"] += sum(lengths) - sum(len(ids) for ids, _ in kept)
         if kept:
             batch.counts["rows_truncated"] += 1
@@ -179,12 +189,27 @@ _CHATS = frozenset(
 )
 
 
+def _chunks(block: Block) -> Iterator[list[Line]]:
+    """Yield lines a few at a time: what the tokenizer returns is large until it is copied."""
+    lines: list[Line] = []
+    size = 0
+    for line in block:
+        lines.append(line)
+        size += len(line.text)
+        if size >= _CHUNK_BYTES:
+            yield lines
+            lines, size = [], 0
+    if lines:
+        yield lines
+
+
 class _Batch:
     """Sequences of a block as they are made."""
 
     def __init__(self) -> None:
-        self._ids: list[NDArray[np.int32]] = []
-        self._trained: list[NDArray[np.bool_]] = []
+        self._ids = array("i")
+        self._trained = bytearray()
+        self._lengths: list[int] = []
         self._sizes: list[int] = []
         self.full_lengths: list[int] = []
         self.reported: list[Reported] = []
@@ -195,19 +220,17 @@ class _Batch:
         """Take the sequences of a row; `ends`, where the row is whole, are tokens that end a turn."""
         self._sizes.append(len(sequences))
         for ids, trained in sequences:
-            self._ids.append(ids)
-            self._trained.append(trained)
-            if ends is not None:
-                last = len(ids) - 1 - int(trained[::-1].argmax())
-                self.counts["endless"] += int(ids[last]) not in ends
+            self._ids.extend(ids)
+            self._trained += trained
+            self._lengths.append(len(ids))
+            if ends is not None and ids[trained.rindex(1)] not in ends:
+                self.counts["endless"] += 1
 
     def made(self) -> Made:
-        ids = np.concatenate(self._ids) if self._ids else np.empty(0, dtype=np.int32)
-        trained = np.concatenate(self._trained) if self._ids else np.empty(0, dtype=np.bool_)
         return Made(
-            input_ids=ids,
-            trained=trained,
-            lengths=np.asarray([len(part) for part in self._ids], dtype=np.int64),
+            input_ids=np.frombuffer(self._ids, dtype=np.int32),
+            trained=np.frombuffer(self._trained, dtype=np.bool_),
+            lengths=np.asarray(self._lengths, dtype=np.int64),
             sizes=np.asarray(self._sizes, dtype=np.int64),
             full_lengths=np.asarray(self.full_lengths, dtype=np.int64),
             reported=self.reported,

@@ -9,7 +9,7 @@ and held against one rendering. Either way a difference leads back to the templa
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NoReturn, cast
 
@@ -72,14 +72,18 @@ _QUESTIONS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """A text in pieces, with its spans as (piece, characters into it)."""
+@dataclass(slots=True)
+class Pieces:
+    """A text in pieces, with its spans as (piece, characters into it).
+
+    `anchors` is for who turns the text into tokens to keep what is the same for all contents.
+    """
 
     pieces: tuple[str | _Hole, ...]
     trained: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     off: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     turns: int
+    anchors: object = field(default=None, compare=False)
 
     def filled(self, contents: Sequence[str]) -> Sample:
         texts = [p if isinstance(p, str) else p.fill(contents) for p in self.pieces]
@@ -88,14 +92,14 @@ class _Pieces:
             tuple([(starts[a] + i, starts[b] + j) for (a, i), (b, j) in spans])
             for spans in (self.trained, self.off)
         )
-        return Sample("".join(texts), trained, off, self.turns)
+        return Sample("".join(texts), trained, off, self.turns, self)
 
 
 @dataclass(slots=True)
 class _Shape:
     """The texts of a shape; without guards each is held against its rendering."""
 
-    texts: list[_Pieces]
+    texts: list[Pieces]
     guards: list[_Guard] | None
     uses: int = 0
 
@@ -124,7 +128,7 @@ class ShapeCache:
         return self._template.samples(conversation, whole=self._whole)
 
     def _shape_of(self, conversation: Conversation) -> _Shape | None:
-        if conversation.tools or any(turn.extra for turn in conversation.messages):
+        if not conversation.is_plain:
             return None
         key = tuple([(turn.role, turn.trained) for turn in conversation.messages])
         if key not in self._shapes:
@@ -167,7 +171,7 @@ def _find_shape(
         return traced
     holes = {_mark(turn, 0): _Hole(turn, ()) for turn in range(len(key))}
     texts = [_cut(sample, sample.text, holes) for sample in samples]
-    return None if None in texts else _Shape(cast("list[_Pieces]", texts), guards=None)
+    return None if None in texts else _Shape(cast("list[Pieces]", texts), guards=None)
 
 
 def _trace(
@@ -197,7 +201,7 @@ def _mark(turn: int, steps: int) -> str:
 _MARK_LENGTH = len(_mark(0, 0))
 
 
-def _cut(sample: Sample, text: str, holes: dict[str, _Hole]) -> _Pieces | None:
+def _cut(sample: Sample, text: str, holes: dict[str, _Hole]) -> Pieces | None:
     """Cut a text at its marks, or return None where a mark was changed or a span ends inside."""
     pieces: list[str | _Hole] = []
     bounds = [0]
@@ -224,7 +228,7 @@ def _cut(sample: Sample, text: str, holes: dict[str, _Hole]) -> _Pieces | None:
         )
     except ValueError:
         return None
-    return _Pieces(tuple(pieces), trained, off, sample.turns)
+    return Pieces(tuple(pieces), trained, off, sample.turns)
 
 
 def _placed(

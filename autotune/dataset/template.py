@@ -17,6 +17,7 @@ from autotune.dataset.conversation import Conversation, Message, wrapped_tool
 from autotune.dataset.lines import RowError
 
 if TYPE_CHECKING:
+    from autotune.dataset.shapes import Pieces
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
@@ -27,18 +28,20 @@ _READS_TOOLS_OF_A_TURN = re.compile(r"\bm\w*(?:\.tools\b|\[['\"]tools['\"]\])|\b
 _PROBE = "What the system says."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sample:
     """A text to train on.
 
     `trained` are the characters that the model writes, in order; `off` those of turns that are
-    switched off. The text shows the first `turns` messages of the conversation.
+    switched off. The text shows the first `turns` messages of the conversation. `pieces` is what it
+    was put together from, if it was.
     """
 
     text: str
     trained: tuple[Span, ...]
     off: tuple[Span, ...]
     turns: int
+    pieces: "Pieces | None" = None
 
 
 class ChatTemplate:
@@ -79,10 +82,11 @@ class ChatTemplate:
         A system message goes in front of the first user's, with an empty line between them, where
         the template has no place for one.
         """
+        names = self._role_names
+        if not self.folds(conversation) and all(t.role not in names for t in conversation.messages):
+            return conversation
         messages = [
-            replace(turn, role=self._role_names[turn.role])
-            if turn.role in self._role_names
-            else turn
+            replace(turn, role=names[turn.role]) if turn.role in names else turn
             for turn in conversation.messages
         ]
         return replace(conversation, messages=tuple(self._without_system(messages)))

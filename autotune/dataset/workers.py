@@ -1,6 +1,7 @@
 """Makes blocks of lines in several processes, and gives them back in order."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -131,6 +132,9 @@ def _work(connection: Connection, recipe: Recipe, parent: int) -> None:
         connection.send(error)
         return
     connection.send(None)
+    # Nothing that is made of a row refers to itself, so looking for cycles would find none.
+    gc.freeze()
+    gc.disable()
     while True:
         try:
             block = connection.recv()

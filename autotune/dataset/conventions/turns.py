@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from autotune.dataset.conversation import (
+    ROLES,
     Conversation,
     Message,
     extra_of,
@@ -160,15 +161,26 @@ def _system(row: Row) -> tuple[Message, ...]:
 def _messages(
     turns: list[object], key: str, *, role_key: str = "role", content_key: str = "content"
 ) -> tuple[Message, ...]:
-    return tuple(
-        _message(
-            _require_object(turn, f"{key}[{place}]", f'"{role_key}" and "{content_key}"'),
-            f"{key}[{place}]",
-            role_key,
-            content_key,
-        )
-        for place, turn in enumerate(turns)
-    )
+    messages = []
+    for place, turn in enumerate(turns):
+        message = _plain_message(turn, role_key, content_key)
+        if message is None:
+            where = f"{key}[{place}]"
+            record = _require_object(turn, where, f'"{role_key}" and "{content_key}"')
+            message = _message(record, where, role_key, content_key)
+        messages.append(message)
+    return tuple(messages)
+
+
+def _plain_message(turn: object, role_key: str, content_key: str) -> Message | None:
+    """Read a turn of role and text and nothing else, as most are, in little time."""
+    if type(turn) is not dict or len(turn) != len((role_key, content_key)):
+        return None
+    name, content = turn.get(role_key), turn.get(content_key)
+    if type(name) is not str or type(content) is not str or name in _CALL_TURNS:
+        return None
+    role = ROLES.get(name)
+    return None if role is None else Message(role, content, role == "assistant")
 
 
 def _message(
