@@ -119,9 +119,7 @@ def look_into(
     if question.dataset:
         rules = Rules.from_options(options.values)
         if rules.packing:
-            require_separation(
-                source.directory, ATTENTION, trust_remote_code=job.trust_remote_code
-            )
+            require_separation(source.directory, ATTENTION, trust_remote_code=job.trust_remote_code)
         dataset = prepare(
             question.dataset,
             model_dir=source.directory,

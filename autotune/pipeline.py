@@ -42,7 +42,9 @@ def choose_run_dir(question: Question) -> RunDir:
     if question.options["run_dir"]:
         return RunDir(Path(question.options["run_dir"]).absolute())
     assert question.dataset, "a run has a dataset"
-    name = f"{question.dataset[0].path.stem}-{question.source.short_name}-{question.fingerprint[:8]}"
+    name = (
+        f"{question.dataset[0].path.stem}-{question.source.short_name}-{question.fingerprint[:8]}"
+    )
     return RunDir(Path("runs").absolute() / name)
 
 

@@ -21,9 +21,9 @@ from autotune.dataset import Rules, content_hash, prepare
 from autotune.dataset.conventions import recognise
 from autotune.dataset.conventions.turns import parse_messages
 from autotune.dataset.conversation import Conversation
+from autotune.dataset.encode import TemplateCodec
 from autotune.dataset.lines import RowError, parse_row, read_blocks
 from autotune.dataset.rows import Rows, RowsMeta, RowsWriter
-from autotune.dataset.encode import TemplateCodec
 from autotune.dataset.tokenizer import load_tokenizer
 from autotune.errors import (
     CannotWriteError,
@@ -239,7 +239,8 @@ def test_a_key_that_is_there_twice_is_refused(text: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b'{"a" : "\\"a\\": 1"}', b'{"a\\\\": 1, "b": {"a\\\\": "\\":"}}', b'{"a": "x\\\\", "b": 1}']
+    "text",
+    [b'{"a" : "\\"a\\": 1"}', b'{"a\\\\": 1, "b": {"a\\\\": "\\":"}}', b'{"a": "x\\\\", "b": 1}'],
 )
 def test_what_only_looks_like_a_second_key_is_read(text: bytes) -> None:
     assert parse_row(text) == json.loads(text)
@@ -347,7 +348,10 @@ def test_any_json_under_messages_is_read_or_refused_as_row_error(messages: objec
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": 1}]}]},
             'messages[0].content[0] is a part of the type "image_url", and only text',
         ),
-        ({"messages": [HI, HELLO | {"tool_calls": [{}]}]}, 'messages[1].tool_calls[0] has no "name"'),
+        (
+            {"messages": [HI, HELLO | {"tool_calls": [{}]}]},
+            'messages[1].tool_calls[0] has no "name"',
+        ),
         ({"messages": [HI, HELLO | {"tool_calls": "{"}]}, "a string that is not valid JSON"),
         (
             {
@@ -517,7 +521,7 @@ def test_a_template_that_drops_earlier_turns_gives_each_answer_a_text_of_its_own
     tokenizer = build_tokenizer(FORGETFUL)
     rows = tokenize_all(conversation([HI, HELLO, BYE, SEE_YOU]), tokenizer)
     head = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello 😀<|im_end|>\n"
-    assert [tokenizer.decode(ids) for ids, _ in rows][0] == head
+    assert tokenizer.decode(rows[0][0]) == head
     assert [trained_texts(row, tokenizer) for row in rows] == [
         ["Hello 😀<|im_end|>"],
         ["See you 👋<|im_end|>"],
@@ -565,7 +569,9 @@ def test_a_conversation_that_the_template_refuses_is_refused_with_its_words() ->
         tokenize(conversation([HI, HELLO, BYE, SEE_YOU]), build_tokenizer(shy))
 
 
-@pytest.mark.parametrize("template", [PICKY, PLAIN.replace("messages %}", "messages if m.role != 'system' %}")])
+@pytest.mark.parametrize(
+    "template", [PICKY, PLAIN.replace("messages %}", "messages if m.role != 'system' %}")]
+)
 def test_a_system_message_without_a_place_goes_in_front_of_the_user_and_is_counted(
     template: str,
 ) -> None:
@@ -749,7 +755,9 @@ def test_what_a_template_refuses_is_named_by_file_and_line(tmp_path: Path) -> No
     shy = PLAIN.replace("{% for", "{{ raise_exception('no bye') if messages|length > 2 }}{% for", 1)
     build_tokenizer(shy).save_pretrained(tmp_path / "model")
     path = write_lines(tmp_path / "data.jsonl", [[HI, HELLO], TWO_TURNS])
-    with pytest.raises(DatasetError, match=r"data\.jsonl, line 2 \(byte \d+\): the tokenizer's chat template"):
+    with pytest.raises(
+        DatasetError, match=r"data\.jsonl, line 2 \(byte \d+\): the tokenizer's chat template"
+    ):
         run(path, tmp_path / "model")
 
 

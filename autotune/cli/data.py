@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from autotune.dataset.preparing import Progress, Watch
     from autotune.workload import DatasetProfile
 
-_OPTIONS = ("model", "max_seq_length", "format", "map", "train_on_prompt", "on_bad_line")
-_OPTIONS += ("max_bad_lines", "overlong", "packing", "trust_remote_code")
+_OPTIONS = (
+    *("model", "max_seq_length", "format", "map", "train_on_prompt", "on_bad_line"),
+    *("max_bad_lines", "overlong", "packing", "trust_remote_code"),
+)
 _BAR_COLUMNS = 40
 _MAX_SHOWN_CHARACTERS = 1500
 
@@ -34,7 +36,12 @@ _MAX_SHOWN_CHARACTERS = 1500
 @config_file
 @as_json
 def command(
-    files: tuple[str, ...], config: Path | None, show: int | None, *, as_json: bool, **flags: Any  # noqa: ANN401
+    files: tuple[str, ...],
+    config: Path | None,
+    show: int | None,
+    *,
+    as_json: bool,
+    **flags: Any,  # noqa: ANN401
 ) -> None:
     """Show what data files hold, how many tokens they are, and which of them are trained on."""
     from autotune.intake import inspect_data
@@ -116,7 +123,7 @@ def _lengths(profile: "DatasetProfile") -> str:
 
 
 def _example(example: "Example", decode: Callable[[list[int]], str]) -> str:
-    """Write a sequence out; what is trained on stands between marks, and in colour on a terminal."""
+    """Write a sequence out; what is trained on stands between marks, in colour on a terminal."""
     parts, start = [], 0
     for end in range(1, len(example.input_ids) + 1):
         if end == len(example.input_ids) or example.trained[end] != example.trained[start]:

@@ -60,7 +60,10 @@ def _all_places(ids: list[int], mark: int) -> list[int]:
 
 
 def find_anchors(
-    pieces: Pieces, spans: Sequence[tuple[tuple[int, int], tuple[int, int]]], engine: Any, special: frozenset[int]  # noqa: ANN401 - tokenizers.Tokenizer
+    pieces: Pieces,
+    spans: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+    engine: Any,  # noqa: ANN401 - tokenizers.Tokenizer
+    special: frozenset[int],
 ) -> Anchors | None:
     """Return the anchors of spans of a text in pieces, or None where special tokens are lacking."""
     anchors = []
@@ -70,12 +73,20 @@ def find_anchors(
             return None
         anchors.append((first, last))
     marks = {anchor.mark for pair in anchors for anchor in pair}
-    every = [number for piece in pieces.pieces if isinstance(piece, str) for number in _ids(piece, engine)]
+    every = [
+        number
+        for piece in pieces.pieces
+        if isinstance(piece, str)
+        for number in _ids(piece, engine)
+    ]
     return Anchors(tuple(anchors), tuple((mark, every.count(mark)) for mark in sorted(marks)))
 
 
 def _anchor(
-    pieces: Pieces, place: tuple[int, int], engine: Any, special: frozenset[int]  # noqa: ANN401
+    pieces: Pieces,
+    place: tuple[int, int],
+    engine: Any,  # noqa: ANN401 - tokenizers.Tokenizer
+    special: frozenset[int],
 ) -> _Anchor | None:
     piece, offset = place
     before = [p for p in pieces.pieces[:piece] if isinstance(p, str)]

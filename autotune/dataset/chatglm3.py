@@ -90,7 +90,9 @@ class ChatGlm3Codec:
         parts = [(self._opening(), self._train_on_prompt)]
         if conversation.tools:
             listed = json.dumps(list(conversation.tools), indent=4, ensure_ascii=False)
-            parts.append((self._turn("system", "", _TOOLS_INTRODUCTION + listed), self._train_on_prompt))
+            parts.append(
+                (self._turn("system", "", _TOOLS_INTRODUCTION + listed), self._train_on_prompt)
+            )
         for message in conversation.messages:
             parts += self._message(message)
         parts.append(([self.eos], parts[-1][1]))

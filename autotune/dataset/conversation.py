@@ -235,9 +235,7 @@ def extra_of(turn: Row, *read: str) -> dict[str, object]:
     if len(turn) <= len(read) and all(key in read for key in turn):
         return {}
     left_out = {*read, *_SWITCHES, *_UNREAD_SWITCHES}
-    return {
-        key: value for key, value in turn.items() if key not in left_out and value is not None
-    }
+    return {key: value for key, value in turn.items() if key not in left_out and value is not None}
 
 
 def parse_json(value: object, where: str) -> object:
@@ -275,7 +273,9 @@ def parse_tools(value: object, where: str, *, wrap: bool = True) -> tuple[object
 
 def wrapped_tool(tool: Row) -> Row:
     """Return a tool definition in the form that chat templates expect."""
-    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+    return (
+        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+    )
 
 
 def parse_tool_calls(value: object, where: str) -> list[Row]:

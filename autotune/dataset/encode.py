@@ -232,6 +232,7 @@ class TemplateCodec:
         return self._with_offsets(sample) if places is None else self._masked(ids, places)
 
     def _with_offsets(self, sample: Sample) -> TokenRow:
+        assert self._engine is not None, "only an engine gives offsets"
         encoding = self._engine.encode(sample.text, add_special_tokens=False)
         places = _places(sample.text, self._spans(sample), encoding)
         return self._masked(encoding.ids, places)

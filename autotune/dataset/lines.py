@@ -246,9 +246,7 @@ def _count_keys(row: Row) -> int:
                 inner: Iterable[object] = value.values()
             else:
                 inner = value  # type: ignore[assignment] # a list: nothing else is put there
-            for found in inner:
-                if type(found) is dict or type(found) is list:
-                    below.append(found)
+            below += [found for found in inner if type(found) is dict or type(found) is list]
         level = below
         if depth > _MAX_DEPTH:
             msg = f"objects and arrays are nested more than {_MAX_DEPTH} deep"

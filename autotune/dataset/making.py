@@ -102,9 +102,7 @@ class RowMaker:
         for lines in _chunks(block):
             batch.counts["rows"] += len(lines)
             contents = [attempt(self._reader(batch.unread), line.text) for line in lines]
-            encoded = iter(
-                self.codec.encode([c for c in contents if not isinstance(c, RowError)])
-            )
+            encoded = iter(self.codec.encode([c for c in contents if not isinstance(c, RowError)]))
             for line, content in zip(lines, contents, strict=True):
                 found = content if isinstance(content, RowError) else next(encoded)
                 self._take(line, found, batch)
@@ -184,9 +182,7 @@ class RowMaker:
             batch.reported.append(Reported(line, "untrained", reason))
 
 
-_CHATS = frozenset(
-    {"messages", "sharegpt", "sharegpt-pairs", "chatglm3", "glm4"}
-)
+_CHATS = frozenset({"messages", "sharegpt", "sharegpt-pairs", "chatglm3", "glm4"})
 
 
 def _chunks(block: Block) -> Iterator[list[Line]]:
@@ -217,7 +213,7 @@ class _Batch:
         self.unread: Counter[str] = Counter()
 
     def append(self, sequences: Sequence[TokenRow], ends: frozenset[int] | None) -> None:
-        """Take the sequences of a row; `ends`, where the row is whole, are tokens that end a turn."""
+        """Take the sequences of a row; `ends`, if it is whole, are tokens that end a turn."""
         self._sizes.append(len(sequences))
         for ids, trained in sequences:
             self._ids.extend(ids)

@@ -5,6 +5,7 @@ import re
 import sys
 from bisect import bisect_left, insort
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ def require_separation(model_dir: Path, attention: str, *, trust_remote_code: bo
 def _why_mixed(model_dir: Path, attention: str, *, trust_remote_code: bool) -> str | None:
     if attention not in _SEPARATING:
         return f"{attention} keeps them apart only where a micro-batch is one row"
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(
@@ -73,16 +74,23 @@ def _why_mixed(model_dir: Path, attention: str, *, trust_remote_code: bool) -> s
         )
     except (OSError, ValueError, KeyError) as error:
         return f"its configuration cannot be read ({(str(error).splitlines() or [''])[0]})"
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    mixing = next((kind for kind in sorted(kinds) if _MIXING_LAYERS.search(kind)), None)
-    if mixing is not None:
-        return f"its layers of the kind {mixing} carry a state along the row"
-    if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - no public way to ask
-        return f"its code for {config.model_type} is not part of transformers"
-    model = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001
+    return _why_carried(config) or _why_unread(config)
+
+
+def _why_carried(config: Any) -> str | None:  # noqa: ANN401 - PretrainedConfig
+    kinds = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()))
+    names = [kind for kind in (*kinds, config.model_type) if _MIXING_LAYERS.search(kind)]
+    return f"layers of the kind {names[0]} carry a state along the row" if names else None
+
+
+def _why_unread(config: Any) -> str | None:  # noqa: ANN401 - PretrainedConfig
+    from transformers import AutoModelForCausalLM
+
+    models = AutoModelForCausalLM._model_mapping  # noqa: SLF001 - there is no public way to ask
+    if type(config) not in models:
+        return f"the code of {config.model_type} is not part of transformers"
+    model = models[type(config)]
     source = inspect.getsource(sys.modules[model.__module__])
     if not _MASKS.search(source) or "position_ids=position_ids" not in source:
         return f"{model.__name__} does not build its mask from positions"
-    if _MIXING_LAYERS.search(model.__module__.rpartition(".")[2]):
-        return f"{model.__name__} carries a state along the row"
     return None

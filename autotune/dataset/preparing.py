@@ -55,7 +55,7 @@ class Progress:
 Watch = Callable[[Progress], None]
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - the one entry, by keyword
     data: Path | Sequence[Source],
     *,
     model_dir: Path,
@@ -150,9 +150,7 @@ def _find_stored(output: Path, key: str, cache: Path | None) -> RowsMeta | None:
     return None
 
 
-def _recipe(
-    source: Source, rules: Rules, model_dir: Path, limit: int, *, trust: bool
-) -> Recipe:
+def _recipe(source: Source, rules: Rules, model_dir: Path, limit: int, *, trust: bool) -> Recipe:
     convention = _find_convention(source.path, rules)
     return Recipe(
         model_dir=model_dir,

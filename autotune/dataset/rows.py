@@ -3,10 +3,10 @@
 A directory holds input_ids.npy (int32) and trained.npy (bool, true where a token is trained on),
 each with all sequences end to end; offsets.npy (int64), where sequence i is offsets[i] to
 offsets[i + 1]; index.npy (int64), the sequences of an epoch, each as often as its file's weight
-asks for; packs.npy (int64), where row i is the sequences index[packs[i]] to index[packs[i + 1] - 1],
-a single one unless they are packed; meta.json; reported.jsonl, a line for each line of the data that
-is not used; and quarantine.jsonl, these lines themselves if they were asked for. The directory
-appears complete or not at all.
+asks for; packs.npy (int64), where row i is the sequences index[packs[i]] to
+index[packs[i + 1] - 1], a single one unless they are packed; meta.json; reported.jsonl, a line for
+each line of the data that is not used; and quarantine.jsonl, these lines themselves if they were
+asked for. The directory appears complete or not at all.
 """
 
 import os
@@ -201,7 +201,8 @@ class RowsWriter:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence appended so far."""
-        return np.diff(np.asarray(self._offsets, dtype=np.int64))
+        offsets = np.asarray(self._offsets, dtype=np.int64)
+        return offsets[1:] - offsets[:-1]
 
     def append(self, input_ids: NDArray[np.int32], trained: NDArray[np.bool_]) -> None:
         self.extend(input_ids, trained, np.asarray([len(input_ids)], dtype=np.int64))

@@ -137,9 +137,7 @@ class ShapeCache:
             self._shapes[key] = _find_shape(self._template, key, whole=self._whole)
         return self._shapes[key]
 
-    def _is_proven(
-        self, shape: _Shape, conversation: Conversation, samples: list[Sample]
-    ) -> bool:
+    def _is_proven(self, shape: _Shape, conversation: Conversation, samples: list[Sample]) -> bool:
         shape.uses += 1
         if shape.guards is not None and shape.uses > _CHECKED_USES:
             return True
@@ -244,7 +242,7 @@ def _place(position: int, pieces: list[str | _Hole], bounds: list[int]) -> tuple
     piece = next(i for i, bound in enumerate(bounds) if bound > position) - 1
     if not isinstance(pieces[piece], str):
         msg = "the span ends inside a content"
-        raise ValueError(msg)
+        raise ValueError(msg)  # noqa: TRY004 - a fact of the template, not of a type
     return piece, position - bounds[piece]
 
 
@@ -348,7 +346,7 @@ class _Content(_Joined):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = _refuse  # type: ignore[assignment] # a lookup would compare unseen
+    __hash__ = _refuse  # a lookup would compare unseen
 
     def __bool__(self) -> bool:
         return self._trace.ask(self._hole, "is true")
@@ -409,17 +407,8 @@ def _writes_what_it_joins(source: str) -> bool:
 def _is_traceable(node: Any, macros: set[str], *, written: bool) -> bool:  # noqa: ANN401 - a jinja node
     from jinja2 import nodes
 
-    match node:
-        case nodes.Filter() if node.name not in _FILTERS:
-            return False
-        case nodes.Test() if node.name not in _TESTS:
-            return False
-        case nodes.Mod() if not isinstance(node.right, nodes.Const):
-            return False
-        case nodes.Mod() if isinstance(node.left, nodes.Const):
-            return False
-        case nodes.Compare() if not all(_is_seen(node.expr, operand) for operand in node.ops):
-            return False
+    if _hides(node):
+        return False
     joins = isinstance(node, nodes.Concat) or (
         isinstance(node, nodes.Filter) and node.name == "join"
     )
@@ -434,13 +423,31 @@ def _is_traceable(node: Any, macros: set[str], *, written: bool) -> bool:  # noq
     )
 
 
+def _hides(node: Any) -> bool:  # noqa: ANN401 - a jinja node
+    """Tell whether a node may look at a content in a way that goes unnoticed."""
+    from jinja2 import nodes
+
+    match node:
+        case nodes.Filter():
+            return node.name not in _FILTERS
+        case nodes.Test():
+            return node.name not in _TESTS
+        case nodes.Mod():
+            # A text on the left is a format, and not every content on the right is asked.
+            return isinstance(node.left, nodes.Const) or not isinstance(node.right, nodes.Const)
+        case nodes.Compare():
+            return not all(_is_seen(node.expr, operand) for operand in node.ops)
+        case _:
+            return False
+
+
 def _is_seen(left: Any, operand: Any) -> bool:  # noqa: ANN401 - jinja nodes
     """Tell whether a comparison is one that a content notices: not `content in "a string"`."""
     from jinja2 import nodes
 
     if operand.op not in ("in", "notin"):
         return True
-    if isinstance(left, nodes.Getattr) or isinstance(left, nodes.Getitem):
+    if isinstance(left, (nodes.Getattr, nodes.Getitem)):
         named = getattr(left, "attr", None) or getattr(getattr(left, "arg", None), "value", None)
         if named == "role":
             return True

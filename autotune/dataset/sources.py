@@ -117,7 +117,7 @@ def parse_mapping(entries: object) -> list[tuple[str, str]]:
     Raises:
         UsageError: an entry is none, or names a role twice.
     """
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for entry in entries if isinstance(entries, (list, tuple)) else []:
         role, equals, key = str(entry).partition("=")
         if not equals or not role or not key or role in dict(pairs):

@@ -17,15 +17,16 @@ from autotune.dataset.conversation import Conversation, Message, wrapped_tool
 from autotune.dataset.lines import RowError
 
 if TYPE_CHECKING:
-    from autotune.dataset.shapes import Pieces
     from transformers import PreTrainedTokenizerBase
+
+    from autotune.dataset.shapes import Pieces
 
 Span = tuple[int, int]
 _Rendered = list[dict[str, Any]]
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _READS_TOOLS_OF_A_TURN = re.compile(r"\bm\w*(?:\.tools\b|\[['\"]tools['\"]\])|\bitem\[['\"]tools")
-_PROBE = "What the system says."
+_PROBE = "What is said."
 
 
 @dataclass(slots=True)
@@ -64,6 +65,15 @@ class ChatTemplate:
             return _PROBE in self.render([{"role": "system", "content": _PROBE}, *turns])
         except RowError:
             return False
+
+    @cached_property
+    def marks_end(self) -> bool:
+        """Whether something other than white space follows what an assistant says."""
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            return not self.render(turns).rstrip().endswith(_PROBE)
+        except RowError:
+            return True
 
     @cached_property
     def _role_names(self) -> dict[str, str]:
@@ -126,7 +136,10 @@ class ChatTemplate:
         return [turns.whole()] if whole else turns.by_renderings()
 
     def render(
-        self, messages: _Rendered, tools: Sequence[object] = (), **options: Any  # noqa: ANN401
+        self,
+        messages: _Rendered,
+        tools: Sequence[object] = (),
+        **options: Any,  # noqa: ANN401
     ) -> str:
         """Render messages.
 
@@ -150,7 +163,10 @@ class ChatTemplate:
         return source
 
     def _render(
-        self, messages: _Rendered, tools: Sequence[object], **options: Any  # noqa: ANN401
+        self,
+        messages: _Rendered,
+        tools: Sequence[object],
+        **options: Any,  # noqa: ANN401
     ) -> tuple[str, list[list[Span]]]:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -167,7 +183,14 @@ class ChatTemplate:
                 **self.variables,
                 **options,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+        ) as error:
             # Whatever a template does to messages that it was not written for.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             msg = f"the tokenizer's chat template refuses the conversation ({reason})"
@@ -270,7 +293,8 @@ class _Turns:
             start = self._start_of_first(until)
         turn = self._turns[index]
         _require_content(until[min(start, len(before)) :], turn)
-        return start, _end_of_turn(until, start, turn.content)
+        # White space behind an end-of-turn mark is left out: the model stops at the mark.
+        return start, max(start, len(until.rstrip())) if self._template.marks_end else len(until)
 
     def _rendered_until(self, index: int) -> str:
         if index not in self._until:
@@ -338,10 +362,3 @@ def _length_in_common(header: str, turn: str) -> int:
     # A header may say more than the turn does, as one that opens a thought with "<think>".
     pairs = enumerate(zip(header, turn, strict=False))
     return next((at for at, (left, right) in pairs if left != right), min(len(header), len(turn)))
-
-
-def _end_of_turn(until: str, start: int, content: str) -> int:
-    """Leave out white space behind an end-of-turn mark: the model stops at the mark."""
-    stripped = until.rstrip()
-    only_content = stripped.endswith(content.rstrip()) and bool(content.strip())
-    return len(until) if only_content else max(start, len(stripped))

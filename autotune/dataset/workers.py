@@ -8,11 +8,14 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from typing import TYPE_CHECKING, Any
 
 from autotune.dataset.lines import Block
 from autotune.dataset.making import Made, Recipe, RowMaker
 from autotune.errors import AutotuneError, SetupFaultError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
 
 # Below this starting processes takes longer than they save.
 PARALLEL_BYTES = 8 << 20
@@ -74,8 +77,8 @@ class _Pool:
             self._receive(connection)
             self._hand_out(connection, waiting, at_work)
         while at_work:
-            for connection in wait(list(at_work)):
-                assert isinstance(connection, Connection)
+            ready: list[Any] = list(wait(list(at_work)))
+            for connection in ready:
                 done[at_work.pop(connection)] = self._receive(connection)
                 self._hand_out(connection, waiting, at_work)
             while turn in done:

@@ -8,22 +8,24 @@ of the resident sets of all processes of `prepare`, sampled.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import psutil  # noqa: E402 - the environment goes first
+import psutil
 
 from autotune import builtin
 from autotune.dataset import Source, prepare
@@ -64,30 +66,40 @@ def write_data(path: Path, rows: int) -> None:
 
 
 def tokenizer_alone(model_dir: str, path: str, share: int, shares: int, queue: Any) -> None:  # noqa: ANN401
-    """Tokenise every `shares`-th batch; only the time in the tokenizer counts."""
+    """Tokenise every `shares`-th batch in turns by the engine and by transformers' own call.
+
+    Only the time in the tokenizer counts. The engine is asked for no offsets.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     engine = tokenizer.backend_tokenizer
-    rows, seconds = 0, 0.0
+    calls: dict[str, Callable[[list[str]], object]] = {
+        "engine": lambda texts: [
+            encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)
+        ],
+        "transformers": lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"],
+    }
+    spent = {name: [0, 0.0, 0.0] for name in calls}
     with Path(path).open(encoding="utf-8") as file:
-        batch_number, batch = 0, []
-        while True:
-            batch = [line for _, line in zip(range(_BATCH), file, strict=False)]
+        for number in itertools.count():
+            batch = list(itertools.islice(file, _BATCH))
             if not batch:
                 break
-            if batch_number % shares == share:
-                texts = [json.loads(line) for line in batch]
-                started = time.perf_counter()
-                engine.encode_batch_fast(texts, add_special_tokens=False)
-                seconds += time.perf_counter() - started
-                rows += len(texts)
-            batch_number += 1
-    queue.put((rows, seconds))
+            if number % shares != share:
+                continue
+            texts = [json.loads(line) for line in batch]
+            name = list(calls)[number // shares % len(calls)]
+            wall, cpu = time.perf_counter(), time.process_time()
+            calls[name](texts)
+            spent[name][0] += len(texts)
+            spent[name][1] += time.perf_counter() - wall
+            spent[name][2] += time.process_time() - cpu
+    queue.put(spent)
 
 
-def time_alone(model_dir: Path, texts: Path, processes: int) -> float:
-    """Return rows a second of all processes together."""
+def time_alone(model_dir: Path, texts: Path, processes: int) -> dict[str, tuple[float, float]]:
+    """Return for each way rows a second of all processes, and seconds of CPU a row."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     workers = [
@@ -101,7 +113,13 @@ def time_alone(model_dir: Path, texts: Path, processes: int) -> float:
     measured = [queue.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return sum(rows / seconds for rows, seconds in measured)
+    return {
+        name: (
+            sum(spent[name][0] / spent[name][1] for spent in measured),
+            sum(spent[name][2] for spent in measured) / sum(spent[name][0] for spent in measured),
+        )
+        for name in measured[0]
+    }
 
 
 class MemoryWatch:
@@ -112,7 +130,7 @@ class MemoryWatch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> "MemoryWatch":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -132,8 +150,9 @@ class MemoryWatch:
             self.peak_bytes = max(self.peak_bytes, total)
 
 
-def time_prepare(model_dir: Path, data: Path, output: Path) -> tuple[float, int]:
-    """Return the seconds of the whole preparation, start of processes included, and bytes."""
+def time_prepare(model_dir: Path, data: Path, output: Path) -> tuple[float, float, int]:
+    """Return the seconds of all, start of processes included, seconds of CPU, and bytes."""
+    before = _cpu_seconds()
     with MemoryWatch() as memory:
         started = time.perf_counter()
         prepare(
@@ -145,7 +164,12 @@ def time_prepare(model_dir: Path, data: Path, output: Path) -> tuple[float, int]
             vocab_size=2**31 - 1,
         )
         seconds = time.perf_counter() - started
-    return seconds, memory.peak_bytes
+    return seconds, _cpu_seconds() - before, memory.peak_bytes
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def render(data: Path, texts: Path, model_dir: Path) -> None:
@@ -163,6 +187,21 @@ def render(data: Path, texts: Path, model_dir: Path) -> None:
             out.write(json.dumps(sample.text) + "\n")
 
 
+def one_round(model: Path, data: Path, texts: Path, output: Path) -> dict[str, float]:
+    """Measure both, one after the other."""
+    with texts.open("rb") as file:
+        rows = sum(1 for _ in file)
+    alone = time_alone(model, texts, usable_cores())
+    seconds, cpu_seconds, peak_bytes = time_prepare(model, data, output)
+    shutil.rmtree(output)
+    figures = {"prepare_rows_per_s": rows / seconds, "peak_bytes": float(peak_bytes)}
+    for name, (rate, cpu_a_row) in alone.items():
+        figures[f"{name}_rows_per_s"] = rate
+        figures[f"ratio_to_{name}"] = rows / seconds / rate
+        figures[f"cpu_ratio_to_{name}"] = cpu_a_row / (cpu_seconds / rows)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -170,37 +209,23 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=builtin.directory("glm-tiny"))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    processes = usable_cores()
     with tempfile.TemporaryDirectory(prefix="autotune-benchmark-") as scratch:
         data, texts = Path(scratch) / "data.jsonl", Path(scratch) / "texts.jsonl"
         write_data(data, options.rows)
         render(data, texts, options.model)
         rounds = []
         for number in range(options.rounds):
-            alone = time_alone(options.model, texts, processes)
-            seconds, peak_bytes = time_prepare(
-                options.model, data, Path(scratch) / f"rows{number}"
-            )
-            rate = options.rows / seconds
-            rounds.append(
-                {
-                    "alone_rows_per_s": alone,
-                    "prepare_rows_per_s": rate,
-                    "ratio": rate / alone,
-                    "peak_bytes": peak_bytes,
-                }
-            )
-            print(json.dumps(rounds[-1]), flush=True)
-        ratios = [entry["ratio"] for entry in rounds]
+            rounds.append(one_round(options.model, data, texts, Path(scratch) / "rows"))
+            print(json.dumps({"round": number, **rounds[-1]}), flush=True)
         result: dict[str, Any] = {
             "rows": options.rows,
             "bytes": data.stat().st_size,
-            "processes": processes,
+            "processes": usable_cores(),
             "model": options.model.name,
             "rounds": rounds,
-            "median_ratio": statistics.median(ratios),
-            "ratio_range": [min(ratios), max(ratios)],
-            "peak_bytes": max(entry["peak_bytes"] for entry in rounds),
+            "median": {name: statistics.median(r[name] for r in rounds) for name in rounds[0]},
+            "least": {name: min(r[name] for r in rounds) for name in rounds[0]},
+            "most": {name: max(r[name] for r in rounds) for name in rounds[0]},
         }
     text = json.dumps(result, indent=2)
     print(text)

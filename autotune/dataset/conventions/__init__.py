@@ -11,6 +11,7 @@ from autotune.dataset.lines import Row, RowError
 _TURNS = frozenset({*turns.TURN_KEYS, "tools", "functions"})
 _PAIR = frozenset({"history", "tools", *pairs.SYSTEMS})
 
+
 class SampleError(RowError):
     """Why a sample of rows is refused; `row` is the place of the one that shows it."""
 
@@ -243,7 +244,9 @@ def mapped(keys: Mapping[str, str]) -> Convention:
 
 def _mapped_parser(keys: dict[str, str]) -> Callable[[Row], Content]:
     if "text" in keys and not keys.keys() - {"text"}:
-        return lambda row: raw.parse_text({"text": row[keys["text"]]} if keys["text"] in row else row)
+        return lambda row: raw.parse_text(
+            {"text": row[keys["text"]]} if keys["text"] in row else row
+        )
     if "messages" in keys:
         role, content = keys.get("role", "role"), keys.get("content", "content")
         names = {new: old for new, old in keys.items() if new in _OPTIONAL}

@@ -99,7 +99,7 @@ def parse_prompt_completion(row: Row) -> Conversation:
         return _pair(row, ("prompt",), "completion")
     before = _turns(prompt, "prompt", "user")
     after = _turns(completion, "completion", "assistant")
-    tools = {key: row[key] for key in ("tools", "functions") if key in row}
+    tools: Row = {key: row[key] for key in ("tools", "functions") if key in row}
     parsed = parse_messages({"messages": [*before, *after], **tools})
     turns = [
         turn if place >= len(before) else _untrained(turn)
@@ -150,7 +150,11 @@ def _pair(
 
     asked = [text(prompts[0])]
     asked += [text(key) for key in prompts[1:] if row.get(key)]
-    messages = [*_system(row), *_history(row), *exchange("\n".join(filter(None, asked)), text(answer))]
+    messages = [
+        *_system(row),
+        *_history(row),
+        *exchange("\n".join(filter(None, asked)), text(answer)),
+    ]
     tools = parse_tools(row.get("tools"), '"tools"')
     return Conversation(
         messages=require_turns(tuple(messages)),

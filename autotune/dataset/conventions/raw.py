@@ -73,7 +73,7 @@ def _trained(row: Row, ids: list[int]) -> list[bool]:
     if key != "labels":
         return [bool(value) for value in values]
     if any(label not in (_IGNORED_LABEL, token) for label, token in zip(values, ids, strict=True)):
-        msg = '"labels" differ from "input_ids" where they are not -100: shifted labels cannot be used'
+        msg = '"labels" that are not -100 differ from "input_ids": shifted ones cannot be used'
         raise RowError(msg)
     return [label != _IGNORED_LABEL for label in values]
 

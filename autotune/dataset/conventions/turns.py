@@ -138,7 +138,9 @@ def shape_of(row: Row) -> str | None:
 def _has_marks_of_glm4(turns: Iterable[object]) -> bool:
     return any(
         isinstance(turn, dict)
-        and (turn.get("role") == "observation" or (turn.get("role") == "system" and "tools" in turn))
+        and (
+            turn.get("role") == "observation" or (turn.get("role") == "system" and "tools" in turn)
+        )
         for turn in turns
     )
 
