@@ -195,13 +195,17 @@ def test_thoughts_are_given_to_the_template_and_missed_ones_are_counted(
     assert ("Hm" in codec.decode(made[0][0])) == (template == THINKER)
 
 
-def test_calls_and_observations_that_a_template_leaves_out_are_refused() -> None:
+def test_calls_that_a_template_does_not_write_become_json_and_lost_observations_are_refused() -> (
+    None
+):
     codec = TemplateCodec(build_tokenizer(PLAIN), train_on_prompt=False)
     call: dict[str, Any] = {"function": {"name": "add", "arguments": {}}}
     calling = Message("assistant", "", trained=True, extra={"tool_calls": [call]})
     deaf = PLAIN.replace("messages %}", "messages if m.role != 'tool' %}")
     (made,) = codec.encode([Conversation(messages=(Message("user", "a", trained=False), calling))])
-    assert "leaves out the tool calls" in str(made)
+    assert not isinstance(made, RowError)
+    assert codec.notes == {"calls_as_text": 1}
+    assert codec.decode(made[0][0]).endswith('\n{"name": "add", "arguments": {}}<|im_end|>\n')
     codec = TemplateCodec(build_tokenizer(deaf), train_on_prompt=False)
     turns = [("user", "a", False), ("tool", "42", False), ("assistant", "b", True)]
     (made,) = codec.encode([_conversation(turns)])

@@ -176,6 +176,8 @@ class TemplateCodec:
     def _samples(self, conversation: Conversation, template: ChatTemplate) -> list[Sample]:
         if template.folds(conversation):
             self.notes["system_folded"] += 1
+        if template.unwritten_calls(conversation):
+            self.notes["calls_as_text"] += 1
         samples = self._shapes.samples(template.fitted(conversation))
         if len(samples) > 1:
             self.notes["split"] += 1

@@ -6,6 +6,7 @@ such an answer gets a text of its own, which ends with it. So every trained turn
 once, behind exactly what the model will see before it writes that turn.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -67,6 +68,16 @@ class ChatTemplate:
             return False
 
     @cached_property
+    def writes_calls(self) -> bool:
+        """Whether the template writes the tool calls of an assistant."""
+        call = {"type": "function", "function": {"name": "probe_call", "arguments": {"a": 1}}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            return "probe_call" in self.render([{"role": "user", "content": "Hi"}, turn])
+        except RowError:
+            return True
+
+    @cached_property
     def marks_end(self) -> bool:
         """Whether something other than white space follows what an assistant says."""
         turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
@@ -90,9 +101,13 @@ class ChatTemplate:
         """Return the conversation in the roles that the template knows.
 
         A system message goes in front of the first user's, with an empty line between them, where
-        the template has no place for one.
+        the template has no place for one. Tool calls that it does not write become JSON in the text
+        of their turn.
         """
         names = self._role_names
+        if self.unwritten_calls(conversation):
+            turns = [_with_calls_as_text(turn) for turn in conversation.messages]
+            conversation = replace(conversation, messages=tuple(turns))
         if not self.folds(conversation) and all(t.role not in names for t in conversation.messages):
             return conversation
         messages = [
@@ -105,6 +120,12 @@ class ChatTemplate:
         """Tell whether a system message of the conversation has no place in the template."""
         role = self._role_names.get(conversation.messages[0].role, conversation.messages[0].role)
         return role == "system" and not self.writes_system
+
+    def unwritten_calls(self, conversation: Conversation) -> bool:
+        """Tell whether the conversation has tool calls that the template does not write."""
+        if conversation.is_plain or self.writes_calls:
+            return False
+        return any("tool_calls" in turn.extra for turn in conversation.messages)
 
     def _without_system(self, messages: list[Message]) -> list[Message]:
         if messages[0].role != "system" or self.writes_system:
@@ -196,6 +217,16 @@ class ChatTemplate:
             msg = f"the tokenizer's chat template refuses the conversation ({reason})"
             raise RowError(msg) from error
         return texts[0], spans
+
+
+def _with_calls_as_text(turn: Message) -> Message:
+    calls = turn.extra.get("tool_calls")
+    if not isinstance(calls, list):
+        return turn
+    lines = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+    extra = {key: value for key, value in turn.extra.items() if key != "tool_calls"}
+    content = "\n".join(filter(None, [turn.content, *lines]))
+    return replace(turn, content=content, extra=extra)
 
 
 def _without_tools(message: dict[str, Any]) -> dict[str, Any]:
