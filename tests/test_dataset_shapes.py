@@ -70,18 +70,8 @@ TEMPLATES = {
     "serial": SERIAL,
 }
 _CONTENT = st.one_of(
-    st.sampled_from(
-        [
-            "",
-            " ",
-            "secret",
-            "a secret",
-            " Hi \n",
-            "<think>\nHm\n</think>\n\nHello",
-            "<tool>x</tool>",
-        ]
-        + ["\n</think>", "<|im_end|>", '"\\', "a"]
-    ),
+    st.sampled_from(["", " ", "a", "secret", "a secret", " Hi \n", '"\\', "<|im_end|>"]),
+    st.sampled_from(["<think>\nHm\n</think>\n\nHello", "\n</think>", "<tool>x</tool>"]),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
 )
 _CACHES: dict[str, tuple[ChatTemplate, ShapeCache]] = {}

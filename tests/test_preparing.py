@@ -390,6 +390,7 @@ def test_data_gives_the_json_document(tmp_path: Path) -> None:
         (b'{"text": "a"}', ("--max-seq-length", "99999"), 2, "beyond the"),
         (b'{"text": "a"}', ("--max-seq-length", "auto"), 0, ""),
         (b"\x00\xff", (), 65, "is not UTF-8"),
+        (b'{"input_ids": [1, 999999]}', (), 65, "the data has the token id 999999"),
     ],
 )
 def test_data_ends_with_the_exit_code_of_what_is_wrong(

@@ -103,8 +103,8 @@ _NOTES = {
     " has no place for them",
     "split": "{} conversations are trained in several sequences, as the chat template rewrites"
     " earlier answers once more turns follow",
-    "calls_as_text": "{} rows have tool calls that the chat template does not write; they are written"
-    " as JSON",
+    "calls_as_text": "{} rows have tool calls that the chat template does not write, and that are"
+    " written as JSON",
     "tools_left_out": "{} rows have tools that the chat template does not write",
     "thoughts_left_out": "{} rows have thoughts (reasoning_content) that the chat template does"
     " not write",

@@ -359,6 +359,12 @@ def _report(
 
 
 def _require_embedding(meta: RowsMeta, vocab_size: int, model_dir: Path) -> None:
+    if meta.largest_id >= vocab_size and "tokens" in meta.profile.format.split("+"):
+        msg = (
+            f"the data has the token id {meta.largest_id}, and the model has embeddings for 0 to"
+            f" {vocab_size - 1}: tokenise it with the tokenizer that belongs to the model"
+        )
+        raise DatasetError(msg)
     if meta.largest_id >= vocab_size:
         msg = (
             f"the tokenizer in {model_dir} gives the token id {meta.largest_id}, and the model has"
