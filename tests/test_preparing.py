@@ -85,6 +85,13 @@ def test_bad_lines_are_skipped_counted_and_kept_in_quarantine(
         assert kept == (BAD if mode == "quarantine" else [])
 
 
+def test_a_row_of_which_the_loss_sees_no_token_is_bad(tmp_path: Path, model_dir: Path) -> None:
+    rows = [{"input_ids": [5, 6], "labels": [5, -100]}, {"input_ids": [5, 6], "labels": [-100, 6]}]
+    path = write(tmp_path / "data.jsonl", *map(orjson.dumps, rows))
+    profile = run(path, model_dir, rules=Rules(on_bad_line="skip"))
+    assert (profile.rows_used, profile.rows_bad) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("cap", "bad", "rows", "allowed"),
     [
@@ -132,7 +139,7 @@ def test_overlong_rows_are_cut_dropped_or_refused(tmp_path: Path, model_dir: Pat
 
 def test_files_are_taken_as_often_as_their_weights_say(tmp_path: Path, model_dir: Path) -> None:
     one = write(tmp_path / "one.jsonl", *[row("a", str(i)) for i in range(5)])
-    two = write(tmp_path / "two.jsonl", *[orjson.dumps({"text": "b"})] * 4)
+    two = write(tmp_path / "two.jsonl", *[orjson.dumps({"text": "b b"})] * 4)
     profile = prepare_all([Source(one, 2.0), Source(two, 0.5)], model_dir, tmp_path / "rows")
     assert profile.format == "prompt-response+text"
     assert (profile.rows, profile.rows_used, profile.rows_reported) == (9, 7, 2)

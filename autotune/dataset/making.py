@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.dataset.conventions import CONVENTIONS, Convention, mapped, refuse_preferences
-from autotune.dataset.conversation import Content
+from autotune.dataset.conversation import Content, Conversation
 from autotune.dataset.encode import TokenRow, attempt, load_codec
 from autotune.dataset.lines import Block, Line, Row, RowError, parse_row
 
@@ -116,7 +116,7 @@ class RowMaker:
         if isinstance(found, RowError):
             batch.reported.append(Reported(line, "bad", str(found)))
             return
-        sequences = [row for row in found if 1 in row[1]]
+        sequences = [row for row in found if _teaches(row[1])]
         if sequences:
             self._keep(line, sequences, batch)
         else:
@@ -125,8 +125,6 @@ class RowMaker:
 
     def examples(self, line: Line) -> list[Example]:
         """Make the sequences of a line, with their messages; none if it is not used."""
-        from autotune.dataset.conversation import Conversation
-
         try:
             content = self._content(line.text, Counter())
         except RowError:
@@ -143,7 +141,7 @@ class RowMaker:
         return [
             Example(messages, ids[:limit], [bool(mark) for mark in trained[:limit]])
             for ids, trained in sequences
-            if 1 in trained[:limit]
+            if _teaches(trained[:limit])
         ]
 
     def _content(self, text: bytes, unread: Counter[str]) -> Content:
@@ -172,7 +170,7 @@ class RowMaker:
             batch.reported.append(Reported(line, "overlong", reason))
             return
         cut = [(ids[:limit], trained[:limit]) for ids, trained in sequences]
-        kept = [(ids, trained) for ids, trained in cut if 1 in trained]
+        kept = [(ids, trained) for ids, trained in cut if _teaches(trained)]
         batch.counts["tokens_lost"] += sum(lengths) - sum(len(ids) for ids, _ in kept)
         if kept:
             batch.counts["rows_truncated"] += 1
@@ -183,6 +181,11 @@ class RowMaker:
 
 
 _CHATS = frozenset({"messages", "sharegpt", "sharegpt-pairs", "chatglm3", "glm4"})
+
+
+def _teaches(trained: bytearray) -> bool:
+    """Tell whether a loss sees any token: nothing predicts the first."""
+    return trained.find(1, 1) >= 0
 
 
 def _chunks(block: Block) -> Iterator[list[Line]]:
