@@ -7,11 +7,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_dataset import FORGETFUL, PLAIN, TAGGED, THOUGHTLESS, build_tokenizer
 
+from autotune import builtin
 from autotune.dataset.conversation import Conversation, Message
 from autotune.dataset.encode import TemplateCodec
 from autotune.dataset.lines import RowError
 from autotune.dataset.shapes import ShapeCache
 from autotune.dataset.template import ChatTemplate
+from autotune.dataset.tokenizer import load_tokenizer
 
 # As Qwen3 has it: thoughts are kept behind the last question alone, and an answer there without one
 # gets an empty one.
@@ -141,6 +143,14 @@ def test_a_template_is_left_out_of_the_way_only_where_that_is_proven(
     _, cache = _cache(name)
     shape = cache._shape_of(_conversation([("user", "a", False), ("assistant", "b", True)]))
     assert (None if shape is None else shape.guards is not None) is proven
+
+
+def test_the_demo_template_is_left_out_of_the_way() -> None:
+    tokenizer = load_tokenizer(builtin.directory("glm-tiny"), trust_remote_code=False)
+    cache = ShapeCache(ChatTemplate(tokenizer), whole=False)
+    shape = cache._shape_of(_conversation([("user", "a", False), ("assistant", "b", True)]))
+    assert shape is not None
+    assert shape.guards is not None
 
 
 def test_a_template_that_drops_old_thoughts_shows_each_answer_what_the_model_will_see() -> None:

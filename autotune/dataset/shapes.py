@@ -460,6 +460,9 @@ def _passes_on(node: Any, child: Any, *, written: bool) -> bool:  # noqa: ANN401
 
     if isinstance(node, nodes.Output):
         return True
+    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name):
+        # What it is told with is the end of the rendering, and no text depends on it.
+        return node.node.name == "raise_exception"
     if isinstance(node, nodes.CondExpr):
         return written and child is not node.test
     if isinstance(node, (nodes.Concat, nodes.Add)):
