@@ -11,6 +11,23 @@ from autotune.units import parse_bytes, parse_duration
 
 Parse = Callable[[Any], Any]
 
+FORMATS = (
+    "messages",
+    "sharegpt",
+    "sharegpt-pairs",
+    "chatglm3",
+    "glm4",
+    "alpaca",
+    "prompt-completion",
+    "prompt-response",
+    "context-target",
+    "adgen",
+    "text",
+    "segments",
+    "tokens",
+)
+"""The conventions of rows that the dataset package reads; a test holds the two lists together."""
+
 
 _MAX_WHOLE = 2**63 - 1
 _MAX_SEED = 2**32 - 1
@@ -39,6 +56,9 @@ def _whole(smallest: int, largest: int = _MAX_WHOLE) -> Parse:
         return int(number)
 
     return parse
+
+
+_POSITIVE = _whole(1)
 
 
 def _above_zero(value: Any) -> float:  # noqa: ANN401 - YAML or text
@@ -80,6 +100,25 @@ def _flag(value: Any) -> bool:  # noqa: ANN401 - YAML or text
     return value
 
 
+def _whole_or_auto(value: Any) -> int | None:  # noqa: ANN401 - YAML or text
+    return None if value == "auto" else _POSITIVE(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one or a list
+    """Read one text or several; a mapping gives a text "name=value" for each of its entries."""
+    if isinstance(value, dict):
+        value = [f"{name}={entry}" for name, entry in value.items()]
+    return tuple(_text(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _cap(value: Any) -> str:  # noqa: ANN401 - YAML or text
+    text = str(value).strip()
+    if _number(text.removesuffix("%")) < 0:
+        msg = f"{value!r} is neither a number of lines nor a share like 2%"
+        raise ValueError(msg)
+    return text
+
+
 def _size(value: Any) -> int:  # noqa: ANN401 - YAML or text
     return parse_bytes(str(value))
 
@@ -103,6 +142,7 @@ class Option:
     """An option of the command line and key of the configuration file.
 
     `default` is what holds if nobody says anything; None means that it follows from other facts.
+    With `multiple` the flag may be repeated.
     """
 
     name: str
@@ -110,6 +150,7 @@ class Option:
     default: Any
     metavar: str
     help: str
+    multiple: bool = False
 
     @property
     def flag(self) -> str:
@@ -125,7 +166,49 @@ OPTIONS: tuple[Option, ...] = (
         help="Hub id, local directory, or builtin:glm-tiny (a small demo model).",
     ),
     Option(
-        name="dataset", parse=_text, default=None, metavar="FILE", help="JSONL file to train on."
+        name="dataset",
+        parse=_texts,
+        default=None,
+        metavar="FILE[@WEIGHT]",
+        help="JSONL file to train on; its rows are taken WEIGHT times an epoch. May be repeated.",
+        multiple=True,
+    ),
+    Option(
+        name="format",
+        parse=_one_of(*FORMATS),
+        default=None,
+        metavar="NAME",
+        help=f"Convention of the rows [recognised]: {', '.join(FORMATS)}.",
+    ),
+    Option(
+        name="map",
+        parse=_texts,
+        default=None,
+        metavar="ROLE=KEY",
+        help="Key of the rows for user, assistant, input, system, history, tools; or for messages, "
+        "role, content; or for text. May be repeated.",
+        multiple=True,
+    ),
+    Option(
+        name="train_on_prompt",
+        parse=_flag,
+        default=False,
+        metavar="",
+        help="Train on every token, not on the answers alone.",
+    ),
+    Option(
+        name="on_bad_line",
+        parse=_one_of("fail", "skip", "quarantine"),
+        default="fail",
+        metavar="fail|skip|quarantine",
+        help="What a line that cannot be used does; quarantine keeps it in a file.",
+    ),
+    Option(
+        name="max_bad_lines",
+        parse=_cap,
+        default=None,
+        metavar="N|X%",
+        help="Bad lines that are borne when they are skipped [1% of the rows, at least 100].",
     ),
     Option(
         name="run_dir",
@@ -150,17 +233,31 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="global_batch_size",
-        parse=_whole(1),
+        parse=_POSITIVE,
         default=32,
         metavar="N",
         help="Rows an optimizer step, over all ranks; kept exactly.",
     ),
     Option(
         name="max_seq_length",
-        parse=_whole(1),
+        parse=_whole_or_auto,
         default=None,
-        metavar="N",
-        help="Tokens a row at most; longer ones lose their end [the model's limit].",
+        metavar="N|auto",
+        help="Tokens a sequence at most; auto is the model's limit [auto].",
+    ),
+    Option(
+        name="overlong",
+        parse=_one_of("truncate", "drop", "refuse"),
+        default="truncate",
+        metavar="truncate|drop|refuse",
+        help="What happens to a row that is longer.",
+    ),
+    Option(
+        name="packing",
+        parse=_flag,
+        default=False,
+        metavar="",
+        help="Put several sequences into one row, kept apart by their positions.",
     ),
     Option(
         name="epochs",
@@ -171,7 +268,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="max_steps",
-        parse=_whole(1),
+        parse=_POSITIVE,
         default=None,
         metavar="N",
         help="Optimizer steps, in place of --epochs.",
@@ -234,7 +331,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="max_probes",
-        parse=_whole(1),
+        parse=_POSITIVE,
         default=12,
         metavar="N",
         help="Structures that are probed at most.",

@@ -3,15 +3,18 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from autotune import __version__, processes
 from autotune.config import Options
-from autotune.dataset import Rows, content_hash, prepare
+from autotune.dataset import Rows, Rules, Source, content_hash, prepare
+from autotune.dataset.packing import require_separation
+from autotune.dataset.rows import REPORTED
 from autotune.detect import detect
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
@@ -27,8 +30,13 @@ from autotune.throughput import Ints
 from autotune.units import format_count
 from autotune.workload import DatasetProfile, Job, ModelProfile
 
+if TYPE_CHECKING:
+    from autotune.dataset.making import Example
+    from autotune.dataset.preparing import Watch
+
 _log = logging.getLogger(__name__)
 
+ATTENTION = "sdpa"
 _BF16_CAPABILITY = (8, 0)
 
 
@@ -39,7 +47,7 @@ class Question:
     options: Options
     cluster: Cluster
     source: ModelSource
-    dataset: Path | None
+    dataset: tuple[Source, ...]
     fingerprint: str
 
 
@@ -63,13 +71,13 @@ def ask(options: Options) -> Question:
         AutotuneError: one of them is not there or cannot be used.
     """
     source = find_model(options["model"])
-    dataset = Path(options["dataset"]) if options["dataset"] else None
+    dataset = tuple(Source.parse(text) for text in options["dataset"] or ())
     cluster = detect(options["devices"], options["device_memory"])
     # Only asked for its refusal, before minutes are spent on model and data.
     micro_batch_sizes(options["global_batch_size"], cluster.num_devices)
     facts = {
         "model": source.content_hash(),
-        "dataset": content_hash(dataset) if dataset else None,
+        "dataset": [(content_hash(source.path), source.weight) for source in dataset],
         "cluster": cluster.identity(),
         "versions": versions() | {"autotune": __version__},
         "options": {
@@ -119,7 +127,12 @@ def look_into(
         precision,
     )
     dataset, lengths = None, np.array([min(seq_length or limit, limit)])
-    if question.dataset is not None:
+    if question.dataset:
+        rules = Rules.from_options(options.values)
+        if rules.packing:
+            require_separation(
+                source.directory, profile.attention, trust_remote_code=job.trust_remote_code
+            )
         dataset = prepare(
             question.dataset,
             model_dir=source.directory,
@@ -127,9 +140,13 @@ def look_into(
             output=dataset_dir,
             trust_remote_code=job.trust_remote_code,
             vocab_size=profile.vocab_size,
+            rules=rules,
+            cache=cache_dir() / "datasets",
         )
         lengths = Rows.open(dataset_dir).lengths
         _log.info(describe_dataset(dataset))
+        for warning in dataset.warnings:
+            _log.info("  %s", warning)
     rates = _rates(cluster, precision, logs)
     space = enumerate_space(
         cluster,
@@ -152,13 +169,12 @@ def describe_dataset(profile: DatasetProfile) -> str:
     """Return a line for people."""
     parts = [
         f"data {profile.path}: {profile.rows} rows in {profile.format} form",
+        f"{profile.rows_used} used, {profile.rows_reported} left out",
         f"{format_count(profile.tokens)} tokens, {format_count(profile.trained_tokens)} trained",
         f"lengths {profile.min_length} to {profile.max_length}, mean {profile.mean_length:.0f}",
     ]
-    if profile.rows_truncated:
-        parts.append(f"{profile.rows_truncated} rows truncated ({profile.tokens_lost} tokens lost)")
-    if profile.rows_without_trained_tokens:
-        parts.append(f"{profile.rows_without_trained_tokens} rows without trained tokens left out")
+    if profile.sequences != profile.rows_used:
+        parts.append(f"{profile.sequences} sequences an epoch")
     return ", ".join(parts)
 
 
@@ -181,7 +197,10 @@ def sequence_limit(asked: int | None, profile: ModelProfile) -> int:
     Raises:
         UsageError: more than the model has positions for.
     """
-    limit = profile.max_position_embeddings
+    return _within(asked, profile.max_position_embeddings)
+
+
+def _within(asked: int | None, limit: int) -> int:
     if asked is not None and asked > limit:
         msg = (
             f"--max-seq-length {asked} is beyond the {limit} positions of the model: "
@@ -300,3 +319,57 @@ def total_steps(workload: Workload) -> int:
         return job.max_steps
     an_epoch = -(-len(workload.lengths) // job.global_batch_size)
     return max(1, round(job.epochs * an_epoch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectedData:
+    """Data in figures, its first sequences, and what turns their tokens into text."""
+
+    profile: DatasetProfile
+    examples: "list[Example]"
+    decode: Callable[[list[int]], str]
+    reported: Path | None
+
+
+def inspect_data(
+    options: Options, output: Path, *, examples: int, watch: "Watch | None"
+) -> InspectedData:
+    """Tokenise the data without looking into the model further than its configuration.
+
+    Raises:
+        AutotuneError: model or data are not there or cannot be used.
+    """
+    from autotune.dataset.preparing import first_examples
+
+    source = find_model(options["model"])
+    positions, vocabulary = source.limits()
+    limit = _within(options["max_seq_length"], positions)
+    sources = [Source.parse(text) for text in options["dataset"]]
+    rules = Rules.from_options(options.values)
+    if rules.packing:
+        require_separation(
+            source.directory, ATTENTION, trust_remote_code=options["trust_remote_code"]
+        )
+    cache = cache_dir() / "datasets"
+    profile = prepare(
+        sources,
+        model_dir=source.directory,
+        max_seq_length=limit,
+        output=output,
+        trust_remote_code=options["trust_remote_code"],
+        vocab_size=vocabulary,
+        rules=rules,
+        cache=cache,
+        watch=watch,
+    )
+    shown, decode = first_examples(
+        sources[0],
+        examples,
+        model_dir=source.directory,
+        max_seq_length=limit,
+        trust=options["trust_remote_code"],
+        rules=rules,
+    )
+    key = Rows.open(output).meta.content_key
+    reported = cache / key / REPORTED if profile.rows_reported else None
+    return InspectedData(profile=profile, examples=shown, decode=decode, reported=reported)

@@ -13,6 +13,9 @@ _BUILTIN = "builtin:"
 _WEIGHTS = ("*.safetensors",)
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
+_POSITION_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "max_sequence_length")
+_VOCABULARY_KEYS = ("vocab_size", "padded_vocab_size")
+_NO_LIMIT = 2**31 - 1
 _UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth")
 
 
@@ -45,6 +48,21 @@ class ModelSource:
             elif any(path.match(pattern) for pattern in _SMALL_FILES):
                 digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()
+
+    def limits(self) -> tuple[int, int]:
+        """Return the positions and the vocabulary of the model, as its configuration names them.
+
+        A configuration that names none, as those of models without position embeddings, gives a
+        limit that no row reaches.
+        """
+        config = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        nested = config.get("text_config")
+        config = config | nested if isinstance(nested, dict) else config
+        positions, vocabulary = (
+            next((config[key] for key in keys if isinstance(config.get(key), int)), _NO_LIMIT)
+            for keys in (_POSITION_KEYS, _VOCABULARY_KEYS)
+        )
+        return positions, vocabulary
 
 
 def _sampled(path: Path) -> bytes:

@@ -45,8 +45,10 @@ def choose_run_dir(question: Question) -> RunDir:
     """Return --run-dir, or runs/<dataset>-<model>-<first 8 of the fingerprint>."""
     if question.options["run_dir"]:
         return RunDir(Path(question.options["run_dir"]).absolute())
-    assert question.dataset is not None, "a run has a dataset"
-    name = f"{question.dataset.stem}-{question.source.short_name}-{question.fingerprint[:8]}"
+    assert question.dataset, "a run has a dataset"
+    name = (
+        f"{question.dataset[0].path.stem}-{question.source.short_name}-{question.fingerprint[:8]}"
+    )
     return RunDir(Path("runs").absolute() / name)
 
 
@@ -152,10 +154,11 @@ class Run:
     def _recorded_options(self) -> dict[str, Any]:
         """Return the options, files as absolute paths: `train` may start in another directory."""
         options = self.question.options.to_json()
-        for name in ("model", "dataset", "run_dir"):
+        for name in ("model", "run_dir"):
             value = options[name]["value"]
             if value is not None and Path(value).exists():
                 options[name]["value"] = str(Path(value).absolute())
+        options["dataset"]["value"] = [source.absolute() for source in self.question.dataset]
         return options
 
     def _write_workload(self, workload: Workload) -> None:

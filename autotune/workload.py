@@ -40,7 +40,22 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetProfile:
-    """A dataset in figures. Lengths are tokens a row, after truncation to the sequence limit."""
+    """A dataset in figures. Lengths are tokens a sequence, after truncation to the sequence limit.
+
+    Attributes:
+        rows: lines of the files that are not blank; each is used or reported.
+        rows_reported: rows that are left out, for a reason that is written down.
+        rows_bad: those of them that break their convention.
+        rows_overlong: those of them that are beyond the limit and dropped for it.
+        rows_without_trained_tokens: those of them that truncation left nothing to train on.
+        sequences: what an epoch trains on; weights and templates can make more or fewer than rows.
+        tokens: of the sequences, as `trained_tokens` and the lengths are.
+        tokens_lost: tokens that truncation or dropping took away.
+        coverage: for common limits, the share of the sequences that are no longer.
+        histogram: for each power of two, the sequences that are no longer but above the one before.
+        packing: whether sequences share rows.
+        warnings: what a user should know of the data, a sentence each.
+    """
 
     path: str
     format: str
@@ -55,6 +70,28 @@ class DatasetProfile:
     mean_length: float
     max_length: int
     percentiles: tuple[tuple[int, int], ...]
+    rows_reported: int = 0
+    rows_bad: int = 0
+    rows_overlong: int = 0
+    sequences: int = 0
+    coverage: tuple[tuple[int, float], ...] = ()
+    histogram: tuple[tuple[int, int], ...] = ()
+    packing: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "DatasetProfile":
+        """Read what `asdict` and JSON made of a profile.
+
+        Raises:
+            TypeError: a field is missing, unknown, or not a list where one should be.
+        """
+        tuples = {
+            name: tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value)
+            for name, value in fields.items()
+            if isinstance(value, list)
+        }
+        return cls(**(fields | tuples))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

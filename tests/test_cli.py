@@ -19,7 +19,16 @@ from autotune.cli import COMMANDS
 if TYPE_CHECKING:
     import click
 
-JOB_OPTIONS = {
+DATA_OPTIONS = {
+    "--format",
+    "--map",
+    "--train-on-prompt",
+    "--on-bad-line",
+    "--max-bad-lines",
+    "--overlong",
+    "--packing",
+}
+JOB_OPTIONS = DATA_OPTIONS | {
     "--model",
     "--dataset",
     "--run-dir",
@@ -52,6 +61,11 @@ OPTIONS = {
     | {
         *("--micro-batch-size", "--zero-stage", "--offload-optimizer", "--offload-param"),
         *("--checkpointing", "--attention", "--seq-length", "--exact"),
+    },
+    "data": DATA_OPTIONS
+    | {
+        *("files", "--model", "--max-seq-length", "--trust-remote-code"),
+        *("--show", "--config", "--json"),
     },
     "detect": {"--devices", "--device-memory", "--json"},
 }
@@ -185,7 +199,7 @@ def test_a_run_without_a_dataset_exits_2(tmp_path: Path) -> None:
     ("content", "says"),
     [
         pytest.param(b"", "holds no rows", id="empty"),
-        pytest.param(b"\xff\xfe\n", "line 1: byte 0xff", id="not UTF-8"),
+        pytest.param(b"\xff\xfe\n", "byte 0xff", id="not UTF-8"),
     ],
 )
 def test_data_that_cannot_be_used_exits_65(tmp_path: Path, content: bytes, says: str) -> None:
@@ -204,7 +218,7 @@ def test_invalid_json_on_line_7_is_named(tmp_path: Path, short_rows: Path) -> No
 
     sentence = refused(autotune("run", "--dataset", "data.jsonl", cwd=tmp_path), 65)
 
-    assert "data.jsonl, line 7:" in sentence
+    assert "data.jsonl, line 7 (" in sentence
 
 
 def test_a_missing_dataset_exits_66(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_choice_names_all_that_can_be_chosen() -> None:
 
 @pytest.mark.parametrize("value", [True, ["a"], 1.5, "", "  "])
 def test_a_name_is_a_text_that_says_something(value: object) -> None:
-    assert "is not a text" in refusal(dataset=value)
+    assert "is not a text" in refusal(model=value)
 
 
 def test_a_name_of_digits_is_a_text() -> None:

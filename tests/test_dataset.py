@@ -1,5 +1,6 @@
 """From a file of conversations to rows: reading, masks, truncation, reuse, and every refusal."""
 
+import gzip
 import json
 import os
 import resource
@@ -16,11 +17,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from autotune.dataset import content_hash, prepare
-from autotune.dataset.conversation import Conversation, parse_messages, recognise
-from autotune.dataset.lines import RowError, read_rows
+from autotune.dataset import Rules, content_hash, prepare
+from autotune.dataset.conventions import recognise
+from autotune.dataset.conventions.turns import parse_messages
+from autotune.dataset.conversation import Conversation
+from autotune.dataset.encode import TemplateCodec
+from autotune.dataset.lines import RowError, parse_row, read_blocks
 from autotune.dataset.rows import Rows, RowsMeta, RowsWriter
-from autotune.dataset.tokenize import load_tokenizer, tokenize
+from autotune.dataset.tokenizer import load_tokenizer
 from autotune.errors import (
     CannotWriteError,
     ConfigError,
@@ -118,6 +122,22 @@ def conversation(messages: list[dict[str, Any]]) -> Conversation:
     return parse_messages({"messages": messages})
 
 
+def read_rows(path: Path) -> list[tuple[int, dict[str, object]]]:
+    return [(line.number, parse_row(line.text)) for block in read_blocks(path) for line in block]
+
+
+def tokenize_all(conversation: Conversation, tokenizer: Any) -> list[Any]:  # noqa: ANN401
+    (made,) = TemplateCodec(tokenizer, train_on_prompt=False).encode([conversation])
+    if isinstance(made, RowError):
+        raise made
+    return [(np.asarray(ids, np.int32), np.asarray(trained, np.bool_)) for ids, trained in made]
+
+
+def tokenize(conversation: Conversation, tokenizer: Any) -> Any:  # noqa: ANN401
+    (row,) = tokenize_all(conversation, tokenizer)
+    return row
+
+
 def trained_texts(row: tuple[Any, Any], tokenizer: Any) -> list[str]:  # noqa: ANN401
     """Decode each run of trained tokens."""
     ids, trained = row
@@ -154,27 +174,89 @@ def test_a_line_that_is_no_object_is_named_with_file_line_and_reason(
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DatasetError) as caught:
-        list(read_rows(path))
-    assert str(caught.value).startswith(f"{path}, line {line}: ")
-    assert reason in str(caught.value)
-    assert caught.value.exit_code == 65
+    bad = {}
+    for block in read_blocks(path):
+        for found in block:
+            try:
+                parse_row(found.text)
+            except RowError as error:
+                bad[found.number] = str(error)
+    assert bad.keys() == {line}
+    assert reason in bad[line]
 
 
-@pytest.mark.parametrize("content", [b'[\n{"a": 1},\n{"a": 2}\n]\n', b'\xef\xbb\xbf\n [{"a": 1}]'])
-def test_a_json_array_is_refused_as_such(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block_bytes", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("content", "offsets"),
+    [
+        (b'{"a": "x,]}"}\n{"a": 2}\n', [0, 14]),
+        (b'[\n{"a": "x,]}"},\n{"a": 2}\n]\n', [2, 17]),
+        (b'\xef\xbb\xbf\n [{"a": "x,]}"},{"a": 2}, ]', [6, 20]),
+        (b'{"a": "x,]}"}\r\n \n{"a": 2}', [0, 17]),
+    ],
+)
+def test_lines_and_arrays_are_read_with_their_offsets_however_they_are_cut(
+    tmp_path: Path, content: bytes, offsets: list[int], block_bytes: int, *, packed: bool
+) -> None:
     path = tmp_path / "data.json"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    lines = [line for block in read_blocks(path, block_bytes) for line in block]
+    assert [parse_row(line.text) for line in lines] == [{"a": "x,]}"}, {"a": 2}]
+    assert [line.offset for line in lines] == offsets
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"a": 1}, {"a": 2}', "does not end"),
+        (b'[{"a": 1}] {"a": 2}', "has more after its JSON array"),
+        (gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "is damaged"),
+        (b"\x1f\x8bnothing", "is damaged"),
+    ],
+)
+def test_a_file_that_is_damaged_as_a_whole_is_refused(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    path = tmp_path / "data.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match="is a JSON array, and one JSON object a line is needed"):
-        list(read_rows(path))
+    with pytest.raises(DatasetError, match=reason):
+        read_rows(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" \r\n\t\n"])
-def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a": 1, "a": 2}',
+        b'{"a" : 1, "a" : 2}',
+        b'{"a": 1, "\\u0061": 2}',
+        b'{"a": [{"b": 1, "c": 2, "b": 3}]}',
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(text: bytes) -> None:
+    with pytest.raises(RowError, match="twice in one object"):
+        parse_row(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'{"a" : "\\"a\\": 1"}', b'{"a\\\\": 1, "b": {"a\\\\": "\\":"}}', b'{"a": "x\\\\", "b": 1}'],
+)
+def test_what_only_looks_like_a_second_key_is_read(text: bytes) -> None:
+    assert parse_row(text) == json.loads(text)
+
+
+def test_rows_that_nest_deeply_are_refused() -> None:
+    with pytest.raises(RowError, match="more than 100 deep"):
+        parse_row(b'{"a":' + b"[" * 500 + b"]" * 500 + b"}")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" \r\n\t\n", b"[]", b"[ , ]"])
+def test_a_file_without_rows_is_refused(tmp_path: Path, model_dir: Path, content: bytes) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(DatasetError, match="holds no rows"):
-        list(read_rows(path))
+        run(path, model_dir)
 
 
 def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_accepted(tmp_path: Path) -> None:
@@ -198,7 +280,7 @@ def test_what_is_no_readable_file_is_input_missing(tmp_path: Path, name: str) ->
 def _read_all(path: Path) -> None:
     for _, row in read_rows(path):
         try:
-            recognise(row)
+            recognise([row])
             parse_messages(row)
         except RowError as error:
             assert "\n" not in str(error)  # noqa: PT017 - only if one is raised
@@ -215,6 +297,8 @@ def test_any_bytes_are_read_or_refused_as_dataset_error(tmp_path: Path, content:
         _read_all(path)
     except DatasetError as error:
         assert str(path) in str(error)  # noqa: PT017 - only if one is raised
+    except RowError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - only if one is raised
 
 
 _JSON = st.recursive(
@@ -255,27 +339,37 @@ def test_any_json_under_messages_is_read_or_refused_as_row_error(messages: objec
         ({"other": 1}, '"messages" is missing'),
         ({"messages": ["Hi"]}, 'messages[0] is "Hi"'),
         ({"messages": [{"content": "a"}]}, 'messages[0] has no "role"'),
-        ({"messages": [{"role": "bot", "content": "a"}]}, 'the role "bot", and one of system'),
+        ({"messages": [{"role": "robot", "content": "a"}]}, 'the role "robot", and one of system'),
         ({"messages": [HI, {"role": 1, "content": "a"}]}, "messages[1] has the role 1"),
         ({"messages": [HI, {"role": "assistant"}]}, 'messages[1] has no "content"'),
         ({"messages": [{"role": "user", "content": None}]}, 'messages[0] has the "content" null'),
         ({"messages": [{"role": "user", "content": 5}]}, 'messages[0] has the "content" 5'),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-            'messages[0] has a list of parts as "content"',
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": 1}]}]},
+            'messages[0].content[0] is a part of the type "image_url", and only text',
         ),
-        ({"messages": [HI, HELLO | {"tool_calls": [{}]}]}, 'messages[1] has "tool_calls"'),
         (
-            {"messages": [HI, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            'messages[1] has "tool_calls"',
+            {"messages": [HI, HELLO | {"tool_calls": [{}]}]},
+            'messages[1].tool_calls[0] has no "name"',
         ),
-        ({"messages": [HI, HELLO | {"reasoning_content": "Hm"}]}, '"reasoning_content"'),
-        ({"messages": [HI, HELLO], "tools": [{"type": "function"}]}, 'the row has "tools"'),
+        ({"messages": [HI, HELLO | {"tool_calls": "{"}]}, "a string that is not valid JSON"),
+        (
+            {
+                "messages": [
+                    HI,
+                    HELLO | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
+                ]
+            },
+            'has the "arguments" a list, and an object is needed',
+        ),
+        ({"messages": [HI, HELLO], "tools": "x"}, '"tools" is a string that is not valid JSON'),
+        ({"messages": [HI, HELLO | {"train_detail": [1]}]}, '"train_detail", which is not read'),
         ({"messages": [HI]}, 'no message has the role "assistant"'),
         ({"messages": [HI, HELLO | {"weight": 0.5}]}, '"weight" 0.5, and 0 or 1 is needed'),
         ({"messages": [HI, HELLO | {"weight": 2}]}, '"weight" 2'),
         ({"messages": [HI, HELLO | {"weight": "0"}]}, '"weight" "0"'),
         ({"messages": [HI, HELLO | {"loss": 1}]}, '"loss" 1, and true or false is needed'),
+        ({"messages": [HI | {"content": ""}, HELLO | {"content": ""}]}, "every message is empty"),
         ({"messages": [HI, HELLO | {"train": "yes"}]}, '"train" "yes"'),
         ({"messages": [HI | {"train": True}, HELLO]}, "only assistant can be"),
     ],
@@ -322,7 +416,7 @@ def test_any_switch_that_is_off_turns_training_off(
     ("row", "found"),
     [
         ({}, "no keys"),
-        ({"prompt": 1, "completion": 2}, 'the keys "prompt", "completion"'),
+        ({"chapter": 1, "verse": 2}, 'the keys "chapter", "verse"'),
         ({f"k{i}": 0 for i in range(99)}, '"k7", ...'),
     ],
 )
@@ -330,7 +424,7 @@ def test_a_row_of_no_known_convention_is_refused_with_its_keys(
     row: dict[str, object], found: str
 ) -> None:
     with pytest.raises(RowError) as caught:
-        recognise(row)
+        recognise([row])
     assert found in str(caught.value)
 
 
@@ -413,7 +507,7 @@ def test_a_tagged_span_that_ends_in_trimmed_space_does_not_train_on_what_follows
     spaced = TAGGED.replace("'<|im_end|>' }}{% endgeneration %}", "' ' }}{% endgeneration %}")
     tokenizer = build_tokenizer(spaced, trim_offsets=True)
     texts = trained_texts(tokenize(conversation(messages), tokenizer), tokenizer)
-    assert texts == ["Hello 😀 \n", "See you 👋 \n"][: len(messages) // 2]
+    assert texts == ["Hello 😀 ", "See you 👋 "][: len(messages) // 2]
 
 
 def test_spaces_inside_and_at_the_end_of_an_answer_are_trained_on_with_trimmed_offsets() -> None:
@@ -423,11 +517,15 @@ def test_spaces_inside_and_at_the_end_of_an_answer_are_trained_on_with_trimmed_o
     assert trained_texts(row, tokenizer) == ["  a  b  <|im_end|>"]
 
 
-def test_a_template_that_drops_earlier_turns_is_refused() -> None:
+def test_a_template_that_drops_earlier_turns_gives_each_answer_a_text_of_its_own() -> None:
     tokenizer = build_tokenizer(FORGETFUL)
-    with pytest.raises(RowError, match=r"turns up to messages\[1\] otherwise once more turns") as e:
-        tokenize(conversation([HI, HELLO, BYE, SEE_YOU]), tokenizer)
-    assert '"train": false' in str(e.value)
+    rows = tokenize_all(conversation([HI, HELLO, BYE, SEE_YOU]), tokenizer)
+    head = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello 😀<|im_end|>\n"
+    assert tokenizer.decode(rows[0][0]) == head
+    assert [trained_texts(row, tokenizer) for row in rows] == [
+        ["Hello 😀<|im_end|>"],
+        ["See you 👋<|im_end|>"],
+    ]
 
 
 def test_a_template_that_drops_earlier_turns_serves_if_these_are_off() -> None:
@@ -436,19 +534,22 @@ def test_a_template_that_drops_earlier_turns_serves_if_these_are_off() -> None:
     assert trained_texts(row, tokenizer) == ["See you 👋<|im_end|>"]
 
 
-def test_a_template_that_drops_earlier_thoughts_is_refused_unless_these_turns_are_off() -> None:
+def test_a_template_that_drops_earlier_thoughts_trains_each_with_its_thought() -> None:
     tokenizer = build_tokenizer(THOUGHTLESS)
     thought = {"role": "assistant", "content": "<think>Hm</think>Hello"}
-    with pytest.raises(RowError, match="otherwise once more turns follow"):
-        tokenize(conversation([HI, thought, BYE, thought]), tokenizer)
+    rows = tokenize_all(conversation([HI, thought, BYE, thought]), tokenizer)
+    assert [trained_texts(row, tokenizer) for row in rows] == [
+        ["<think>Hm</think>Hello<|im_end|>"]
+    ] * 2
+    assert "<think>" not in tokenizer.decode(rows[1][0]).split("Bye")[0]
     row = tokenize(conversation([HI, thought | {"weight": 0}, BYE, thought]), tokenizer)
     assert trained_texts(row, tokenizer) == ["<think>Hm</think>Hello<|im_end|>"]
 
 
-def test_turns_that_a_forgetful_template_cannot_tell_apart_are_refused() -> None:
+def test_turns_that_a_forgetful_template_writes_at_one_place_are_trained_apart() -> None:
     tokenizer = build_tokenizer(FORGETFUL)
-    with pytest.raises(RowError, match="two assistant turns at the same place"):
-        tokenize(conversation([HI, HELLO, HI, HELLO]), tokenizer)
+    rows = tokenize_all(conversation([HI, HELLO, HI, HELLO]), tokenizer)
+    assert [trained_texts(row, tokenizer) for row in rows] == [["Hello 😀<|im_end|>"]] * 2
 
 
 def test_a_header_that_says_more_than_the_turn_counts_as_far_as_they_agree() -> None:
@@ -463,8 +564,29 @@ def test_an_opening_answer_is_refused_if_its_start_cannot_be_told() -> None:
 
 
 def test_a_conversation_that_the_template_refuses_is_refused_with_its_words() -> None:
-    with pytest.raises(RowError, match=r"template refuses the conversation \(no system\)"):
-        tokenize(conversation(TWO_TURNS), build_tokenizer(PICKY))
+    shy = PLAIN.replace("{% for", "{{ raise_exception('no bye') if messages|length > 2 }}{% for", 1)
+    with pytest.raises(RowError, match=r"template refuses the conversation \(no bye\)"):
+        tokenize(conversation([HI, HELLO, BYE, SEE_YOU]), build_tokenizer(shy))
+
+
+@pytest.mark.parametrize(
+    "template", [PICKY, PLAIN.replace("messages %}", "messages if m.role != 'system' %}")]
+)
+def test_a_system_message_without_a_place_goes_in_front_of_the_user_and_is_counted(
+    template: str,
+) -> None:
+    tokenizer = build_tokenizer(template)
+    codec = TemplateCodec(tokenizer, train_on_prompt=False)
+    (made,) = codec.encode([conversation(TWO_TURNS)])
+    assert not isinstance(made, RowError)
+    ((ids, mask),) = made
+    trained = np.asarray(mask, np.bool_)
+    assert tokenizer.decode(ids).startswith("<|im_start|>user\nBe kind.\n\nHi there<|im_end|>")
+    assert trained_texts((ids, trained), tokenizer) == [
+        "Hello 😀<|im_end|>",
+        "See you 👋<|im_end|>",
+    ]
+    assert codec.notes == {"system_folded": 1}
 
 
 def _python_tokenizer(pieces: str) -> Any:  # noqa: ANN401
@@ -549,24 +671,26 @@ def test_the_profile_holds_the_figures_of_the_stored_rows(tmp_path: Path, model_
         mean_length=(3 * short + long) / 4,
         max_length=long,
         percentiles=tuple((q, long if q > 75 else short) for q in (5, 25, 50, 75, 90, 95, 99)),
+        sequences=4,
+        coverage=((512, 1.0),),
+        histogram=((32, 3), (64, 1)),
     )
 
 
 def test_rows_beyond_the_limit_are_cut_and_counted(tmp_path: Path, model_dir: Path) -> None:
     late: list[dict[str, Any]] = [{"role": "user", "content": "Bye " * 50}, HELLO]
-    off: list[dict[str, Any]] = [HI, HELLO | {"weight": 0}]
-    path = write_lines(tmp_path / "data.jsonl", [[HI, HELLO], TWO_TURNS, late, off])
+    path = write_lines(tmp_path / "data.jsonl", [[HI, HELLO], TWO_TURNS, late])
     whole = run(path, model_dir, output=tmp_path / "whole")
     full = Rows.open(tmp_path / "whole").lengths
     limit = int(full[0]) + 30
     cut = run(path, model_dir, max_seq_length=limit)
     rows = Rows.open(tmp_path / "rows")
     assert rows.lengths.tolist() == [full[0], limit]
-    assert (cut.rows, cut.rows_used, cut.rows_truncated) == (4, 2, 1)
-    assert cut.rows_without_trained_tokens == 2
-    assert cut.tokens_lost == full[1] - limit
+    assert (cut.rows, cut.rows_used, cut.rows_truncated, cut.rows_reported) == (3, 2, 1, 1)
+    assert cut.rows_without_trained_tokens == 1
+    assert cut.tokens_lost == full[1] - limit + full[2]
     assert cut.trained_tokens == sum(int(rows[i][1].sum()) for i in range(2))
-    assert whole.rows_without_trained_tokens == 1
+    assert (whole.rows_reported, whole.tokens_lost) == (0, 0)
 
 
 @settings(
@@ -580,21 +704,22 @@ def test_every_row_is_used_or_reported(
     conversations = data.draw(st.lists(st.sampled_from(choices), min_size=1, max_size=6))
     path = write_lines(tmp_path / "data.jsonl", conversations)
     try:
-        profile = run(path, model_dir, max_seq_length=limit)
+        profile = run(path, model_dir, max_seq_length=limit, rules=Rules(on_bad_line="skip"))
     except DatasetError as error:
         assert f"none of the {len(conversations)} rows" in str(error)  # noqa: PT017
         return
     assert profile.rows == len(conversations)
-    assert profile.rows == profile.rows_used + profile.rows_without_trained_tokens
+    assert profile.rows == profile.rows_used + profile.rows_reported
+    assert profile.rows_bad == conversations.count(choices[2])
     rows = Rows.open(tmp_path / "rows")
     assert all(rows[i][1].any() for i in range(len(rows)))
     assert profile.max_length <= limit
 
 
 def test_a_dataset_with_nothing_to_train_on_is_refused(tmp_path: Path, model_dir: Path) -> None:
-    path = write_lines(tmp_path / "data.jsonl", [[HI, HELLO | {"weight": 0}]])
+    path = write_lines(tmp_path / "data.jsonl", [[{"role": "user", "content": "Hi " * 99}, HELLO]])
     with pytest.raises(DatasetError, match=r"none of the 1 rows .* has a token to train on"):
-        run(path, model_dir)
+        run(path, model_dir, max_seq_length=9)
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
 
 
@@ -602,7 +727,8 @@ def test_a_dataset_with_nothing_to_train_on_is_refused(tmp_path: Path, model_dir
     ("bad", "reason"),
     [
         ({"messages": [HI]}, 'no message has the role "assistant"'),
-        ({"text": "Hi"}, '"messages" is missing'),
+        ({"messages": [HI, HELLO | {"weight": 0}]}, "no token of it is trained on"),
+        ({"other": "Hi"}, '"messages" is missing'),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line_and_leaves_nothing_behind(
@@ -612,22 +738,26 @@ def test_a_bad_row_is_named_by_file_and_line_and_leaves_nothing_behind(
     path.write_bytes(path.read_bytes() + b"\n" + orjson.dumps(bad))
     with pytest.raises(DatasetError) as caught:
         run(path, model_dir)
-    assert str(caught.value).startswith(f"{path}, line 3: ")
+    start = path.read_bytes().rindex(b"\n") + 1
+    assert str(caught.value).startswith(f"{path}, line 3 (byte {start}): ")
     assert reason in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 def test_a_first_row_of_no_known_convention_is_named(tmp_path: Path, model_dir: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text('\n{"text": "Hi"}\n')
-    with pytest.raises(DatasetError, match='line 2: the row has the keys "text", and the key'):
+    path.write_text('\n{"verse": "Hi"}\n')
+    with pytest.raises(DatasetError, match=r'line 2 \(byte 1\): the row has the keys "verse"'):
         run(path, model_dir)
 
 
 def test_what_a_template_refuses_is_named_by_file_and_line(tmp_path: Path) -> None:
-    build_tokenizer(PICKY).save_pretrained(tmp_path / "model")
+    shy = PLAIN.replace("{% for", "{{ raise_exception('no bye') if messages|length > 2 }}{% for", 1)
+    build_tokenizer(shy).save_pretrained(tmp_path / "model")
     path = write_lines(tmp_path / "data.jsonl", [[HI, HELLO], TWO_TURNS])
-    with pytest.raises(DatasetError, match=r"data\.jsonl, line 2: the tokenizer's chat template"):
+    with pytest.raises(
+        DatasetError, match=r"data\.jsonl, line 2 \(byte \d+\): the tokenizer's chat template"
+    ):
         run(path, tmp_path / "model")
 
 

@@ -49,13 +49,16 @@ def _click_option(option: Option) -> Callable[[_Function], _Function]:
         callback=_read_value(option),
         metavar=option.metavar,
         help=option.help + shown,
+        multiple=option.multiple,
     )
 
 
 def _read_value(option: Option) -> Callable[..., Any]:
     """Return a callback that reads the text, so that a bad value is a usage error."""
 
-    def callback(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    def callback(ctx: click.Context, parameter: click.Parameter, text: Any) -> Any:  # noqa: ANN401 - text or texts
+        if text == ():
+            return None
         if text is not None:
             try:
                 option.parse(text)

@@ -22,7 +22,10 @@ class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         input_ids, trained = self.rows[index]
-        return {"input_ids": input_ids, "trained": trained}
+        row = {"input_ids": input_ids, "trained": trained}
+        if self.rows.packed:
+            row["position_ids"] = self.rows.position_ids(index)
+        return row
 
 
 class PaddingCollator:
@@ -32,15 +35,28 @@ class PaddingCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask and labels, each of shape [rows, longest row]."""
+        """Return input_ids, labels and attention_mask, each of shape [rows, longest row].
+
+        Packed rows have position_ids in place of the mask: transformers' models keep apart what
+        they number from 0 anew, the padding at the end of a row included, if there is no mask.
+        """
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        packed = "position_ids" in rows[0]
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        beside = torch.zeros(shape, dtype=torch.int64)
         for place, row in enumerate(rows):
             ids = torch.tensor(row["input_ids"], dtype=torch.int64)
             trained = torch.tensor(row["trained"], dtype=torch.bool)
             input_ids[place, : len(ids)] = ids
-            attention_mask[place, : len(ids)] = 1
             labels[place, : len(ids)] = ids.where(trained, IGNORED)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            if packed:
+                positions = torch.tensor(row["position_ids"], dtype=torch.int64)
+                # The first token of a sequence is predicted from the one before it in the row.
+                labels[place, : len(ids)].masked_fill_(positions == 0, IGNORED)
+                beside[place, : len(ids)] = positions
+                beside[place, len(ids) :] = torch.arange(shape[1] - len(ids))
+            else:
+                beside[place, : len(ids)] = 1
+        name = "position_ids" if packed else "attention_mask"
+        return {"input_ids": input_ids, name: beside, "labels": labels}

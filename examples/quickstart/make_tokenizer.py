@@ -18,6 +18,9 @@ MODEL_DIR = HERE.parents[1] / "autotune" / "builtin" / "glm-tiny"
 # the token that ends it.
 CHAT_TEMPLATE = """\
 {{- '[gMASK]<sop>' -}}
+{%- if tools -%}
+    {{- '<|system|>\\nTools:\\n' ~ tools | tojson -}}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message.role not in ('system', 'user', 'assistant', 'observation') -%}
         {{- raise_exception('Unknown role ' ~ message.role
@@ -25,7 +28,13 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
     {{- '<|' ~ message.role ~ '|>\\n' -}}
     {%- if message.role == 'assistant' -%}
-        {%- generation -%}{{- message.content ~ '<|endoftext|>' -}}{%- endgeneration -%}
+        {%- generation -%}
+            {{- message.content -}}
+            {%- for call in message.tool_calls or [] -%}
+                {{- call.function.name ~ '\\n' ~ call.function.arguments | tojson -}}
+            {%- endfor -%}
+            {{- '<|endoftext|>' -}}
+        {%- endgeneration -%}
     {%- else -%}
         {{- message.content -}}
     {%- endif -%}
