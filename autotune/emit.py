@@ -11,9 +11,6 @@ from autotune.workload import Job, ModelProfile, TrainSpec
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 
-_MAX_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's own default; a smaller model gets buckets of its own size, as they are allocated."""
-
 _PERSISTENCE_THRESHOLD = 100_000
 _MAX_LIVE_PARAMETERS = 1_000_000_000
 _CHECKPOINTS_A_TRAINING = 4
@@ -53,7 +50,7 @@ def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
 
 def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
     structure = setting.structure
-    bucket = min(_MAX_BUCKET_ELEMENTS, profile.trainable_parameters)
+    bucket = profile.bucket_elements
     zero: dict[str, Any] = {"stage": structure.zero_stage}
     if structure.zero_stage == 0:
         return zero

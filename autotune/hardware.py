@@ -24,7 +24,7 @@ class Cluster:
     """Alike devices, one data-parallel rank on each.
 
     `device_memory_bytes` is what one rank may allocate at most. On a CPU the ranks share the host's
-    memory, so it is a share of that.
+    memory, so it is a share of that. `host` is None where the hardware is only named, not there.
     """
 
     kind: DeviceKind
@@ -35,7 +35,7 @@ class Cluster:
     threads_per_rank: int
     compute_capability: tuple[int, int] | None
     visible_devices: tuple[str, ...]
-    host: Host
+    host: Host | None
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,10 +57,14 @@ class Cluster:
 class Rates:
     """What one rank of this machine was measured to do.
 
-    `link_bytes_per_s` is what ranks exchange; on a CPU that goes through its memory.
+    `link_bytes_per_s` is what ranks exchange; on a CPU that goes through its memory. The rates of
+    the host count for an offloaded optimizer: between device and host, and of the host's memory,
+    for one rank while all are busy.
     """
 
     matmul_flops_per_s: float
     memory_bytes_per_s: float
     link_bytes_per_s: float
+    host_link_bytes_per_s: float
+    host_memory_bytes_per_s: float
     operator_overhead_s: float

@@ -16,6 +16,7 @@ from autotune.dataset import Rows, Rules, Source, content_hash, prepare
 from autotune.dataset.packing import require_separation
 from autotune.dataset.rows import REPORTED
 from autotune.detect import detect
+from autotune.devices import NodeGpus, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import UsageError
@@ -41,8 +42,18 @@ _BF16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NamedHardware:
+    """GPUs that are named to plan for, and need not be there."""
+
+    gpus: tuple[NodeGpus, ...]
+    nodes: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """What is asked for, where it would run, and the name of the answer."""
+
+    named: NamedHardware | None
 
     options: Options
     cluster: Cluster
@@ -64,15 +75,18 @@ class Workload:
     plan: Plan
 
 
-def ask(options: Options) -> Question:
-    """Find model, data and devices; quick, nothing heavy is imported.
+def ask(options: Options, named: NamedHardware | None = None) -> Question:
+    """Find model, data and devices, detected or named; quick, nothing heavy is imported.
 
     Raises:
         AutotuneError: one of them is not there or cannot be used.
     """
     source = find_model(options["model"])
     dataset = tuple(Source.parse(text) for text in options["dataset"] or ())
-    cluster = detect(options["devices"], options["device_memory"])
+    if named is None:
+        cluster = detect(options["devices"], options["device_memory"])
+    else:
+        cluster = named_cluster(named.gpus, named.nodes, options["device_memory"])
     # Only asked for its refusal, before minutes are spent on model and data.
     micro_batch_sizes(options["global_batch_size"], cluster.num_devices)
     facts = {
@@ -88,6 +102,7 @@ def ask(options: Options) -> Question:
     }
     text = json.dumps(facts, sort_keys=True)
     return Question(
+        named=named,
         options=options,
         cluster=cluster,
         source=source,
@@ -96,9 +111,12 @@ def ask(options: Options) -> Question:
     )
 
 
-def start_processes(cluster: Cluster) -> None:
+def start_processes(question: Question) -> None:
     """Start the server that ranks are forked from; it imports while the data is read."""
-    processes.start_server(rank_environment(cluster.kind, cluster.visible_devices))
+    cluster = question.cluster
+    # What is only named is looked into without it.
+    kind = "cpu" if question.named else cluster.kind
+    processes.start_server(rank_environment(kind, cluster.visible_devices))
 
 
 def look_into(
@@ -147,7 +165,10 @@ def look_into(
         _log.info(describe_dataset(dataset))
         for warning in dataset.warnings:
             _log.info("  %s", warning)
-    rates = _rates(cluster, precision, logs)
+    if question.named is None:
+        rates = _rates(cluster, precision, logs)
+    else:
+        rates = named_rates(question.named.gpus, question.named.nodes, precision)
     space = enumerate_space(
         cluster,
         job.global_batch_size,

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from autotune import builtin
@@ -91,7 +92,7 @@ def find_model(model: str) -> ModelSource:
             from_scratch=True,
             recommended=builtin.RECOMMENDED.get(name, {}),
         )
-    directory = Path(model) if Path(model).is_dir() else _from_hub(model)
+    directory = Path(model) if Path(model).is_dir() else _preset(model) or _from_hub(model)
     _check_config(directory)
     has_weights = any(any(directory.glob(pattern)) for pattern in _WEIGHTS)
     if not has_weights and any(any(directory.glob(pattern)) for pattern in _UNSAFE_WEIGHTS):
@@ -103,6 +104,16 @@ def find_model(model: str) -> ModelSource:
     return ModelSource(
         name=model, directory=directory.resolve(), from_scratch=not has_weights, recommended={}
     )
+
+
+def _preset(model: str) -> Path | None:
+    """Find a configuration that comes with the package, to plan with: configs/models."""
+    package = Path(str(files("autotune")))
+    # An installed package carries them; a checkout has them beside it.
+    for presets in (package / "configs" / "models", package.parent / "configs" / "models"):
+        if (presets / model.casefold() / "config.json").is_file():
+            return presets / model.casefold()
+    return None
 
 
 def _check_config(directory: Path) -> None:

@@ -128,9 +128,8 @@ class Run:
 
     def _tune_and_emit(self) -> dict[str, Any]:
         self._enter("detect")
-        cluster = self.question.cluster
         write_json(self.dir.run, self._run_json())
-        start_processes(cluster)
+        start_processes(self.question)
         self._enter("profile")
         workload = look_into(self.question, dataset_dir=self.dir.dataset, logs=self.dir.logs)
         self._write_workload(workload)

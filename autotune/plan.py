@@ -31,6 +31,9 @@ _MEMORY_TOLERANCE = 0.15
 
 _NEAREST_REJECTED = 20
 
+_UNKNOWN_HOST_BYTES = 2**60
+"""The host of hardware that is only named rejects nothing; what it would need is shown."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
@@ -153,7 +156,7 @@ def make_plan(
         samples_per_s=np.array([step.samples_per_s for step in steps]),
         tokens_per_s=np.array([step.tokens_per_s for step in steps]),
         budget_bytes=cluster.device_memory_bytes,
-        host_budget_bytes=cluster.host.available_bytes,
+        host_budget_bytes=cluster.host.available_bytes if cluster.host else _UNKNOWN_HOST_BYTES,
     )
 
 
@@ -181,6 +184,7 @@ def _predict(
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         ranks=ranks,
         micro_step_s=lambda padded: compute_s(padded) + each_micro_step_s,
-        boundary_extra_s=each_update_s + predicted_update_s(profile, stage, cluster, rates),
+        boundary_extra_s=each_update_s
+        + predicted_update_s(profile, setting.structure, cluster, rates, job.compute_bytes),
         synchronises_every_micro_step=synchronises_every_micro_step(stage, ranks),
     )

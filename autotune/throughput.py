@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
+from autotune.setting import Structure
 from autotune.workload import ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
@@ -139,11 +140,22 @@ def predicted_communication_s(
 
 
 def predicted_update_s(
-    profile: ModelProfile, zero_stage: int, cluster: Cluster, rates: Rates
+    profile: ModelProfile,
+    structure: Structure,
+    cluster: Cluster,
+    rates: Rates,
+    element_bytes: int,
 ) -> float:
     """Return the seconds of the optimizer update: it reads and writes its states once.
 
-    AdamW touches weight, gradient and two moments in fp32 (4 x 4 bytes read, 3 x 4 written).
+    AdamW touches weight, gradient and two moments in fp32 (4 x 4 bytes read, 3 x 4 written). An
+    offloaded one does so in host memory, and gradients and weights cross between device and host.
     """
-    shard = cluster.num_devices if zero_stage >= 1 else 1
-    return 28 * profile.trainable_parameters / shard / rates.memory_bytes_per_s
+    shard = cluster.num_devices if structure.zero_stage >= 1 else 1
+    parameters = profile.trainable_parameters / shard
+    if structure.offload_optimizer == "none":
+        return 28 * parameters / rates.memory_bytes_per_s
+    return (
+        28 * parameters / rates.host_memory_bytes_per_s
+        + 2 * element_bytes * parameters / rates.host_link_bytes_per_s
+    )

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
+_DEFAULT_BUCKET_ELEMENTS = 500_000_000
+
 COMPUTE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -153,6 +155,14 @@ class ModelProfile:
     attention: str
     precision: Precision
     traces: tuple[tuple[str, Trace], ...]
+
+    @property
+    def bucket_elements(self) -> int:
+        """What DeepSpeed is to communicate at once, and keeps a buffer for.
+
+        Its own default, or the whole of a smaller model.
+        """
+        return min(_DEFAULT_BUCKET_ELEMENTS, self.trainable_parameters)
 
     def trace(self, checkpointing: str) -> Trace:
         return dict(self.traces)[checkpointing]

@@ -121,6 +121,8 @@ def make_profile(**changes: Any) -> ModelProfile:  # noqa: ANN401 - fields of a 
 
 
 RATES = Rates(
+    host_link_bytes_per_s=2e10,
+    host_memory_bytes_per_s=5e10,
     matmul_flops_per_s=1e14,
     memory_bytes_per_s=1e12,
     link_bytes_per_s=1e11,

@@ -56,11 +56,11 @@ OPTIONS = {
     "run": JOB_OPTIONS | {"--dry-run"},
     "tune": JOB_OPTIONS | {"--dry-run"},
     "train": {"run_dir", "--dry-run", "--json"},
-    "plan": JOB_OPTIONS | {"--seq-length", "--all"},
+    "plan": JOB_OPTIONS | {"--seq-length", "--all", "--gpus", "--nodes"},
     "estimate": JOB_OPTIONS
     | {
         *("--micro-batch-size", "--zero-stage", "--offload-optimizer", "--offload-param"),
-        *("--checkpointing", "--attention", "--seq-length", "--exact"),
+        *("--checkpointing", "--attention", "--seq-length", "--exact", "--gpus", "--nodes"),
     },
     "data": DATA_OPTIONS
     | {

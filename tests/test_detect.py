@@ -298,6 +298,7 @@ def test_this_machine_has_a_cpu_to_run_on() -> None:
     cluster = detect("cpu:2", device_memory_bytes=2**20)
     assert (cluster.kind, cluster.num_devices) == ("cpu", 2)
     assert cluster.device_memory_bytes == 2**20
+    assert cluster.host is not None
     assert cluster.device_name == cluster.host.cpu_name
 
 

@@ -160,13 +160,16 @@ def test_memory_is_that_of_the_longest_row_of_the_data() -> None:
     some = make_plan(space, make_profile(), job, cluster, RATES, LENGTHS)
     one_longer = np.append(LENGTHS, 2 * LENGTHS.max())
     more = make_plan(space, make_profile(), job, cluster, RATES, one_longer)
-    assert (more.memory.device_bytes > some.memory.device_bytes).all()
+    activations = some.memory.activations_bytes
+    assert (more.memory.activations_bytes > activations).all()
+    assert (more.memory.device_bytes >= some.memory.device_bytes).all()
 
 
 def test_budgets_are_those_of_the_cluster() -> None:
     cluster = make_cluster(gpus=2, memory_bytes=24 * GIB)
     plan = plan_for(cluster)
     assert plan.budget_bytes == 24 * GIB
+    assert cluster.host is not None
     assert plan.host_budget_bytes == cluster.host.available_bytes
 
 

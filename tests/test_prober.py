@@ -40,7 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> JobSite:
     data = write_rows(directory / "data.jsonl", pairs)
     given = {"dataset": data, "devices": RANKS, "global_batch_size": GLOBAL_BATCH}
     question = intake.ask(resolve([Layer("test", {k: str(v) for k, v in given.items()})]))
-    intake.start_processes(question.cluster)
+    intake.start_processes(question)
     workload = intake.look_into(question, dataset_dir=directory / "dataset", logs=directory)
     return JobSite(
         job=workload.job,

@@ -30,7 +30,7 @@ def plan_with(memory_gib: int, *, gpus: int = 4) -> Plan:
     return plan_for(cluster, job=make_job(global_batch_size=16 * gpus))
 
 
-ROOMY, TIGHT = plan_with(1000), plan_with(24)
+ROOMY, TIGHT = plan_with(1000), plan_with(32)
 
 
 def setting(structure: Structure, size: int) -> Setting:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import RATES, make_cluster, make_profile
 
+from autotune.setting import Structure
 from autotune.throughput import (
     Floats,
     Ints,
@@ -174,8 +175,21 @@ def test_only_stages_2_and_3_talk_in_every_micro_step() -> None:
 
 def test_a_sharded_update_takes_its_share_of_the_time() -> None:
     cluster = make_cluster(gpus=4)
-    whole = predicted_update_s(make_profile(), 0, cluster, RATES)
+    plain, sharded = Structure(zero_stage=0), Structure(zero_stage=1)
+    whole = predicted_update_s(make_profile(), plain, cluster, RATES, 2)
     assert whole == pytest.approx(28e9 / 1e12)
-    assert predicted_update_s(make_profile(), 1, cluster, RATES) == pytest.approx(whole / 4)
+    assert predicted_update_s(make_profile(), sharded, cluster, RATES, 2) == pytest.approx(
+        whole / 4
+    )
     frozen = replace(make_profile(), trainable_parameters=0)
-    assert predicted_update_s(frozen, 0, cluster, RATES) == 0.0
+    assert predicted_update_s(frozen, plain, cluster, RATES, 2) == 0.0
+
+
+def test_an_offloaded_update_takes_the_time_of_the_host() -> None:
+    cluster = make_cluster(gpus=4)
+    offloaded = Structure(zero_stage=2, offload_optimizer="cpu")
+    # A quarter of a billion parameters: 28 bytes each in memory, 2 down and 2 up the link.
+    expected = 0.25e9 * (28 / RATES.host_memory_bytes_per_s + 4 / RATES.host_link_bytes_per_s)
+    assert predicted_update_s(make_profile(), offloaded, cluster, RATES, 2) == pytest.approx(
+        expected
+    )

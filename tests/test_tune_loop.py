@@ -35,7 +35,7 @@ from autotune.tune.site import JobSite
 from autotune.units import GIB
 
 
-def plan_with(memory_gib: int = 24) -> Plan:
+def plan_with(memory_gib: int = 32) -> Plan:
     cluster = make_cluster(gpus=4, memory_bytes=memory_gib * GIB)
     return plan_for(cluster, job=make_job(global_batch_size=64))
 
@@ -331,7 +331,7 @@ def test_a_structure_that_died_alone_is_not_tried_again_after_a_stop() -> None:
 
 
 def test_where_everything_runs_out_of_memory_there_is_no_best() -> None:
-    story = Story(exact(PLAN), answer=always(OUT_OF_MEMORY))
+    story = Story(exact(plan_with(24)), answer=always(OUT_OF_MEMORY))
     tuned = story.run()
     assert (tuned.best, tuned.default, tuned.stopped_by) == (None, None, "nothing to gain")
     assert all(rung.outcome == OUT_OF_MEMORY for rung in tuned.rungs)

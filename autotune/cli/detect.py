@@ -22,6 +22,7 @@ def command(*, as_json: bool, **flags: Any) -> None:  # noqa: ANN401
         echo_json({"schema": 1, **asdict(cluster)})
         return
     host = cluster.host
+    assert host is not None, "what was detected has a host"
     rows = [
         ("devices", f"{cluster.num_devices} x {cluster.device_name} ({cluster.kind})"),
         ("memory a device", format_bytes(cluster.device_memory_bytes)),

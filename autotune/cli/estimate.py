@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autotune.cli.options import as_json, config_file, echo_json, resolve_options, shared
+from autotune.cli.options import (
+    as_json,
+    config_file,
+    echo_json,
+    gpus,
+    named_hardware,
+    nodes,
+    resolve_options,
+    shared,
+)
 from autotune.cli.summary import estimate_text
 from autotune.errors import UsageError, VirtualRunUnavailableError
 from autotune.setting import ZERO_STAGES, Setting, Structure
@@ -66,12 +75,16 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Step the real DeepSpeed engine over fake tensors instead of doing arithmetic.",
 )
+@gpus
+@nodes
 @config_file
 @as_json
 def command(  # noqa: PLR0913 - the fields of a setting
     config: Path | None,
     micro_batch_size: int,
     seq_length: int | None,
+    gpus: tuple[str, ...],
+    nodes: int,
     *,
     exact: bool,
     as_json: bool,
@@ -85,7 +98,8 @@ def command(  # noqa: PLR0913 - the fields of a setting
     """Estimate memory and speed of one setting, with the DeepSpeed config it would get."""
     from autotune import intake
 
-    question = intake.ask(resolve_options(flags, config))
+    named = named_hardware(gpus, nodes)
+    question = intake.ask(resolve_options(flags, config), named)
     structure = Structure(
         zero_stage=zero_stage,
         offload_optimizer=offload_optimizer,
@@ -137,7 +151,7 @@ def _estimate(
     from autotune import intake
     from autotune.documents import estimate_document
 
-    intake.start_processes(question.cluster)
+    intake.start_processes(question)
     with tempfile.TemporaryDirectory(prefix="autotune-estimate-") as scratch:
         workload = intake.look_into(
             question,

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import yaml
 
 from autotune.config import OPTIONS, Layer, Option, Options, resolve
 from autotune.errors import ConfigError, InputMissingError, UsageError
+
+if TYPE_CHECKING:
+    from autotune.intake import NamedHardware
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _LOCAL_CONFIG = Path("autotune.yaml")
@@ -25,6 +28,39 @@ config_file = click.option(
 dry_run = click.option(
     "--dry-run", is_flag=True, help="Say what would be done: no probe, no training."
 )
+
+
+gpus = click.option(
+    "--gpus",
+    "gpus",
+    multiple=True,
+    metavar="COUNTxNAME",
+    help="Plan for these GPUs, 8xRTX3090-24GB for instance; repeated for unlike nodes.",
+)
+nodes = click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="So many nodes alike of --gpus [1].",
+)
+
+
+def named_hardware(gpus: Sequence[str], nodes: int) -> "NamedHardware | None":
+    """Read --gpus and --nodes.
+
+    Raises:
+        UsageError: a GPU is not known, a count is none, or the two do not go together.
+    """
+    from autotune.devices import parse_gpus
+    from autotune.intake import NamedHardware
+
+    if nodes > 1 and len(gpus) != 1:
+        msg = "--nodes takes one --gpus, which says what a node has"
+        raise UsageError(msg)
+    if not gpus:
+        return None
+    return NamedHardware(gpus=tuple(map(parse_gpus, gpus)), nodes=nodes)
 
 
 def shared(*names: str) -> Callable[[_Function], _Function]:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autotune.cli.options import as_json, config_file, echo_json, resolve_options, shared
+from autotune.cli.options import (
+    as_json,
+    config_file,
+    echo_json,
+    gpus,
+    named_hardware,
+    nodes,
+    resolve_options,
+    shared,
+)
 from autotune.cli.summary import plan_text
 
 if TYPE_CHECKING:
@@ -22,11 +31,15 @@ if TYPE_CHECKING:
     help="Tokens of every row, where no dataset is named [the limit].",
 )
 @click.option("--all", "everything", is_flag=True, help="Every setting in the JSON document.")
+@gpus
+@nodes
 @config_file
 @as_json
 def command(
     config: Path | None,
     seq_length: int | None,
+    gpus: tuple[str, ...],
+    nodes: int,
     *,
     everything: bool,
     as_json: bool,
@@ -35,7 +48,8 @@ def command(
     """Show which settings fit and how fast they may be, without probing."""
     from autotune import intake
 
-    question = intake.ask(resolve_options(flags, config))
+    named = named_hardware(gpus, nodes)
+    question = intake.ask(resolve_options(flags, config), named)
     show_plan(question, as_json=as_json, everything=everything, seq_length=seq_length)
 
 
@@ -46,7 +60,7 @@ def show_plan(
     from autotune import intake
     from autotune.documents import plan_document
 
-    intake.start_processes(question.cluster)
+    intake.start_processes(question)
     with tempfile.TemporaryDirectory(prefix="autotune-plan-") as scratch:
         workload = intake.look_into(
             question,

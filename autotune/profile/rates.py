@@ -25,18 +25,22 @@ def measure_rates(device_kind: str, precision: str, threads: int) -> Rates:
     size = _MATMUL_SIZE.get(device_kind, _MATMUL_SIZE_ACCELERATOR)
     matrix = torch.randn(size, size, device=device, dtype=DTYPES[precision])
     source = torch.ones(_COPY_BYTES.get(device_kind, _COPY_BYTES_ACCELERATOR), dtype=torch.uint8)
-    source, target = source.to(device), torch.empty_like(source, device=device)
+    host_target = torch.empty_like(source)
+    on_device, target = source.to(device), torch.empty_like(source, device=device)
     small = torch.ones(8, device=device)
 
     def best_s(work: Callable[[], object]) -> float:
         return _best_s(work, accelerator.synchronize)
 
-    copied = 2 * source.numel() / best_s(lambda: target.copy_(source))
+    copied = 2 * source.numel() / best_s(lambda: target.copy_(on_device))
+    host_copied = 2 * source.numel() / best_s(lambda: host_target.copy_(source))
     return Rates(
         matmul_flops_per_s=2 * size**3 / best_s(lambda: matrix @ matrix),
         memory_bytes_per_s=copied,
         # Ranks on one host exchange through its memory; each byte is written once and read once.
         link_bytes_per_s=copied / 2,
+        host_link_bytes_per_s=source.numel() / best_s(lambda: host_target.copy_(on_device)),
+        host_memory_bytes_per_s=host_copied,
         operator_overhead_s=best_s(lambda: small + small),
     )
 
