@@ -32,8 +32,9 @@ def test_every_command_block_runs_in_a_clean_clone(block: str, tmp_path: Path) -
     )
 
     assert done.returncode == 0, done.stderr
-    (run_dir,) = (clone / "runs").iterdir()
-    assert (run_dir / "model" / "model.safetensors").exists()
+    if "autotune run" in block:
+        (run_dir,) = (clone / "runs").iterdir()
+        assert (run_dir / "model" / "model.safetensors").exists()
 
 
 def test_it_names_every_command() -> None:
