@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,10 @@ from conftest import write_rows
 from autotune import builtin, intake
 from autotune.config import Layer, resolve
 from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut
+from autotune.probe.deadlines import Deadline, Deadlines
 from autotune.probe.local import LocalProber
-from autotune.probe.protocol import ProbeRequest, RungFailure, RungMeasurement
+from autotune.probe.protocol import PHASES, ProbeRequest, RungFailure, RungMeasurement
+from autotune.processes import temporary_dir
 from autotune.setting import Structure
 from autotune.tune.site import JobSite
 
@@ -58,16 +59,26 @@ def request_of(site: JobSite, sizes: Sequence[int], zero_stage: int = 0) -> Prob
     return site.request([structure.with_micro_batch(m, RANKS, GLOBAL_BATCH) for m in sizes])
 
 
-def climb(request: ProbeRequest, logs: Path, idle_limit_s: float = 200) -> Answers:
-    return LocalProber(logs, idle_limit_s=idle_limit_s).probe(request)
+def climb(request: ProbeRequest, logs: Path, deadlines: Deadlines | None = None) -> Answers:
+    return LocalProber(logs, deadlines=deadlines).probe(request)
+
+
+def silent_for(seconds: float) -> Deadlines:
+    """Return limits that give a phase up after so many seconds of silence."""
+    limit = Deadline(silence_s=seconds, total_s=240)
+    return Deadlines(phases=dict.fromkeys(PHASES, limit), first_rung=limit)
 
 
 def live_ranks() -> list[psutil.Process]:
-    """Return the processes below this one that lead a session of their own, as ranks do."""
+    """Return the processes below this one that lead a session of their own, as ranks do.
+
+    So does the shell that keeps the temporary directory.
+    """
     ranks = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getsid(process.pid) == process.pid and process.status() != psutil.STATUS_ZOMBIE:
+            leads = os.getsid(process.pid) == process.pid and process.name() != "sh"
+            if leads and process.status() != psutil.STATUS_ZOMBIE:
                 ranks.append(process)
     return sorted(ranks, key=lambda rank: rank.pid)
 
@@ -162,14 +173,14 @@ def test_a_rank_killed_from_outside_is_a_crash_by_its_signal(
 
 
 def test_a_rank_that_stands_still_times_out(site: JobSite, tmp_path: Path) -> None:
-    answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path, idle_limit_s=20)
+    answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path, silent_for(8))
     ranks = after_the_first_rung(answers)
 
     ranks[1].send_signal(signal.SIGSTOP)
     outcome = failure(answers)
 
     assert isinstance(outcome, TimedOut)
-    assert outcome.seconds >= 20
+    assert 8 <= outcome.seconds < 20
     assert outcome.phase.startswith("micro-batch ")
 
 
@@ -198,19 +209,16 @@ def test_an_exception_of_the_model_is_a_crash_with_its_words(site: JobSite, tmp_
     ],
 )
 def test_a_garbled_answer_is_a_crash_that_says_so(
-    site: JobSite, tmp_path: Path, line: bytes, monkeypatch: pytest.MonkeyPatch
+    site: JobSite, tmp_path: Path, line: bytes
 ) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path / "logs")
     after_the_first_rung(answers)
 
-    (answer_file,) = scratch.glob("*/rank-0.jsonl")
+    (answer_file,) = temporary_dir().glob("probe-*/rank-0.jsonl")
     with answer_file.open("ab") as file:
         file.write(line)
     outcome = failure(answers)
 
     assert isinstance(outcome, Crashed)
     assert "garbage" in outcome.reason
-    assert list(scratch.iterdir()) == []
+    assert list(temporary_dir().glob("probe-*")) == []
