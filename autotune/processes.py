@@ -25,6 +25,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+from autotune import session
+
 _PRELOADED = ("autotune.engine.preload",)
 _TERMINATE_GRACE_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -151,12 +153,7 @@ def end_session_with_this_process() -> None:
     """Have the programs that this process starts, in its session, killed when it is."""
     # The other end stays open, in no program that is started, until this process is gone.
     reader, _ = os.pipe()
-    subprocess.Popen(
-        ["/bin/sh", "-c", "read -r _; kill -KILL 0"],
-        stdin=reader,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    subprocess.Popen([sys.executable, "-m", "autotune.session"], stdin=reader)
     os.close(reader)
 
 
@@ -194,20 +191,22 @@ def end(processes: Sequence[Process]) -> None:
     """End the processes and what they started in their sessions: TERM, some seconds, KILL."""
     for process in processes:
         if process.exitcode is None:
-            _signal_session(process, signal.SIGTERM)
+            _terminate(process)
     deadline = time.monotonic() + _TERMINATE_GRACE_S
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     for process in processes:
-        _signal_session(process, signal.SIGKILL)
+        assert process.pid is not None, "only started processes are ended"
+        session.kill(process.pid)
+        with suppress(ProcessLookupError):
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
         process.join()
 
 
-def _signal_session(process: Process, number: signal.Signals) -> None:
+def _terminate(process: Process) -> None:
     assert process.pid is not None, "only started processes are ended"
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        # It has not come to its own session yet, or all of it is gone.
-        if process.exitcode is None:
-            os.kill(process.pid, number)
+    if not session.send(process.pid, signal.SIGTERM):
+        # It has not come to its own session yet, or has just gone.
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
