@@ -184,6 +184,59 @@ def test_a_rank_that_stands_still_times_out(site: JobSite, tmp_path: Path) -> No
     assert outcome.phase.startswith("micro-batch ")
 
 
+SLOW_TO_BUILD = """
+import time
+from transformers import GlmForCausalLM
+
+class SlowForCausalLM(GlmForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        end = time.monotonic() + 15
+        while time.monotonic() < end:
+            {meanwhile}
+"""
+
+
+def with_a_build_of_15_s(request: ProbeRequest, model: Path, meanwhile: str) -> ProbeRequest:
+    """Return the request with a model that does something for 15 s before it is built."""
+    shutil.copytree(builtin.directory("glm-tiny"), model)
+    (model / "modeling_slow.py").write_text(SLOW_TO_BUILD.format(meanwhile=meanwhile))
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_slow.SlowForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    spec = replace(request.spec, model_dir=str(model), trust_remote_code=True)
+    return replace(request, spec=spec)
+
+
+def test_a_build_that_works_for_long_is_no_hang(site: JobSite, tmp_path: Path) -> None:
+    request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "busy", "sum(range(1000))")
+
+    (answer,) = climb(request, tmp_path / "logs", silent_for(7))
+
+    assert isinstance(answer, RungMeasurement), answer
+
+
+def test_a_build_that_does_nothing_is_a_hang(site: JobSite, tmp_path: Path) -> None:
+    request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "idle", "time.sleep(1)")
+
+    outcome = failure(climb(request, tmp_path / "logs", silent_for(7)))
+
+    assert isinstance(outcome, TimedOut)
+    assert outcome.phase == "build"
+
+
+def test_a_phase_that_works_beyond_its_limit_times_out(site: JobSite, tmp_path: Path) -> None:
+    request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "slow", "sum(range(1000))")
+    limit = Deadline(silence_s=240, total_s=240)
+    build = Deadline(silence_s=240, total_s=3)
+    deadlines = Deadlines(phases={**dict.fromkeys(PHASES, limit), "build": build})
+
+    outcome = failure(climb(request, tmp_path / "logs", deadlines))
+
+    assert isinstance(outcome, TimedOut)
+    assert (outcome.phase, round(outcome.seconds)) == ("build", 3)
+
+
 def test_an_exception_of_the_model_is_a_crash_with_its_words(site: JobSite, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(builtin.directory("glm-tiny"), model)
