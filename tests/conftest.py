@@ -15,7 +15,7 @@ QUICKSTART = REPOSITORY / "examples" / "quickstart" / "data.jsonl"
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the tests' caches apart from the user's; built ops stay beside the interpreter, or where told."""
+    """Keep the tests' caches apart from the user's; built ops stay where told, or by Python."""
     changes = {
         "AUTOTUNE_CACHE": str(tmp_path_factory.mktemp("cache")),
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
