@@ -16,6 +16,9 @@ RANK_ENVIRONMENT: Mapping[str, str] = {
     "TOKENIZERS_PARALLELISM": "false",
     # With glibc's default threshold the resident set never falls after a large rung.
     "MALLOC_MMAP_THRESHOLD_": "262144",
+    # Where this counts all ranks, as some MPIs set it, DeepSpeed makes segments of shared memory,
+    # which a killed rank leaves behind.
+    "LOCAL_SIZE": "0",
     # The model is on this disk by now; a rank that asks the hub would only wait.
     "HF_HUB_OFFLINE": "1",
 }

@@ -14,8 +14,10 @@ import numpy as np
 
 from autotune import __version__
 from autotune.config import Options
+from autotune.detect.nvidia import used_bytes
 from autotune.documents import fallbacks, plan_document, tuning_figures
 from autotune.emit import ds_config, launch_script, torchrun_command, train_spec
+from autotune.engine.ops import needed_ops
 from autotune.environment import rank_environment, versions
 from autotune.errors import (
     AutotuneError,
@@ -25,10 +27,12 @@ from autotune.errors import (
     TrainingFailedError,
     UsageError,
 )
+from autotune.hardware import Cluster
 from autotune.intake import Question, Workload, ask, look_into, start_processes, total_steps
 from autotune.outcome import Measured, Rung
 from autotune.plan import Plan
 from autotune.probe.local import LocalProber
+from autotune.probe.tenants import DeviceMemory
 from autotune.rundir import RunDir, read_json, write_json, write_text
 from autotune.setting import Setting, Structure
 from autotune.tune.loop import Tuned, Tuner, write_study
@@ -176,7 +180,7 @@ class Run:
         plan, cluster = workload.plan, self.question.cluster
         require_any_kept(plan)
         _log.info("building DeepSpeed's ops (once an environment)")
-        build_ops(cluster.kind, self.dir.logs / "ops.log")
+        build_ops(_ops(workload), self.dir.logs / "ops.log")
         site = JobSite(
             job=workload.job,
             cluster=cluster,
@@ -188,7 +192,7 @@ class Run:
         )
         tuner = Tuner(
             plan,
-            LocalProber(self.dir.logs),
+            LocalProber(self.dir.logs, memory=_device_memory(cluster)),
             site,
             self.dir.read_rungs(),
             record=self._record,
@@ -292,6 +296,20 @@ class Run:
         }
         write_json(self.dir.result, result)
         return result
+
+
+def _device_memory(cluster: Cluster) -> DeviceMemory | None:
+    """Watch the memory of devices that have their own; a host's is everybody's."""
+    return DeviceMemory(used_bytes) if cluster.has_separate_memory else None
+
+
+def _ops(workload: Workload) -> list[str]:
+    """Name the ops that any setting of the plan needs."""
+    job, cluster, space = workload.job, workload.question.cluster, workload.plan.space
+    first_rows = np.unique(space.structure_index[workload.plan.kept], return_index=True)[1]
+    rows = np.flatnonzero(workload.plan.kept)[first_rows]
+    configs = (ds_config(job, space.setting(int(row)), workload.profile, cluster) for row in rows)
+    return sorted({name for config in configs for name in needed_ops(cluster.kind, config)})
 
 
 def _now() -> str:

@@ -6,22 +6,72 @@ libraries and has not touched a device.
 
 import ctypes
 import faulthandler
+import functools
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from autotune import session
 
 _PRELOADED = ("autotune.engine.preload",)
 _TERMINATE_GRACE_S = 5.0
 _PR_SET_PDEATHSIG = 1
+
+_server_environment: dict[str, str] = {}
+
+
+class Process(Protocol):
+    """A started process, forked or cold; `exitcode` is None while it lives."""
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    @property
+    def sentinel(self) -> int: ...
+    def join(self, timeout: float | None = None) -> None: ...
+
+
+@functools.cache
+def temporary_dir() -> Path:
+    """Return this process's own directory for what it and its children leave in passing.
+
+    It goes when this process ends. A shell outside of its session sees to that where the process
+    is killed.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="autotune-"))
+    keeper = subprocess.Popen(
+        # Ranks die with this process; the second is for those that still write.
+        ["/bin/sh", "-c", 'read -r _; sleep 1; rm -rf -- "$0"', str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
+    # After multiprocessing has removed its own directory in there, which has priority -100.
+    multiprocessing.util.Finalize(None, _remove, args=(directory, keeper), exitpriority=-200)
+    return directory
+
+
+def _remove(directory: Path, keeper: "subprocess.Popen[bytes]") -> None:
+    keeper.kill()
+    keeper.wait()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def start_server(environment: Mapping[str, str]) -> None:
@@ -30,8 +80,19 @@ def start_server(environment: Mapping[str, str]) -> None:
     `environment` is what has to be there before the first import; it stays for all processes.
     """
     multiprocessing.set_forkserver_preload(list(_PRELOADED))
-    with _environment(environment):
+    _keep_sockets_in(temporary_dir())
+    _server_environment.update(environment, TMPDIR=str(temporary_dir()))
+    with _environment(_server_environment):
         multiprocessing.forkserver.ensure_running()
+
+
+def _keep_sockets_in(directory: Path) -> None:
+    """Have multiprocessing make its own temporary directory in this one."""
+    before, tempfile.tempdir = tempfile.tempdir, str(directory)
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = before
 
 
 @contextmanager
@@ -60,6 +121,42 @@ def start(
     return process
 
 
+class ColdProcess:
+    """A program in a session of its own, with the environment that the server was given."""
+
+    def __init__(
+        self, command: Sequence[str], *, log: Path, environment: Mapping[str, str]
+    ) -> None:
+        with log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                command,
+                env={**os.environ, **_server_environment, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._popen.pid
+        self.sentinel = os.pidfd_open(self.pid)
+        weakref.finalize(self, os.close, self.sentinel)
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._popen.poll()
+
+    def join(self, timeout: float | None = None) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(timeout)
+
+
+def end_session_with_this_process() -> None:
+    """Have the programs that this process starts, in its session, killed when it is."""
+    # The other end stays open, in no program that is started, until this process is gone.
+    reader, _ = os.pipe()
+    subprocess.Popen([sys.executable, "-m", "autotune.session"], stdin=reader)
+    os.close(reader)
+
+
 def _enter(
     function: Callable[..., None], args: Sequence[Any], log: str, environment: Mapping[str, str]
 ) -> None:
@@ -85,29 +182,31 @@ def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
         os._exit(1)
 
 
-def wait_for_any(processes: Sequence[ForkServerProcess], timeout: float) -> None:
+def wait_for_any(processes: Sequence[Process], timeout: float) -> None:
     """Wait until one of the processes ends, or for `timeout` seconds."""
     wait([process.sentinel for process in processes], timeout)
 
 
-def end(processes: Sequence[ForkServerProcess]) -> None:
+def end(processes: Sequence[Process]) -> None:
     """End the processes and what they started in their sessions: TERM, some seconds, KILL."""
     for process in processes:
         if process.exitcode is None:
-            _signal_session(process, signal.SIGTERM)
+            _terminate(process)
     deadline = time.monotonic() + _TERMINATE_GRACE_S
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     for process in processes:
-        _signal_session(process, signal.SIGKILL)
+        assert process.pid is not None, "only started processes are ended"
+        session.kill(process.pid)
+        with suppress(ProcessLookupError):
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
         process.join()
 
 
-def _signal_session(process: ForkServerProcess, number: signal.Signals) -> None:
+def _terminate(process: Process) -> None:
     assert process.pid is not None, "only started processes are ended"
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        # It has not come to its own session yet, or all of it is gone.
-        if process.exitcode is None:
-            os.kill(process.pid, number)
+    if not session.send(process.pid, signal.SIGTERM):
+        # It has not come to its own session yet, or has just gone.
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)

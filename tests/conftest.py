@@ -15,11 +15,13 @@ QUICKSTART = REPOSITORY / "examples" / "quickstart" / "data.jsonl"
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the tests' caches apart from the user's; built ops stay beside the interpreter."""
+    """Keep the tests' caches apart from the user's; built ops stay where told, or by Python."""
     changes = {
         "AUTOTUNE_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.executable).parent.parent / "torch_extensions"),
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
+        or str(Path(sys.executable).parent.parent / "torch_extensions"),
         "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

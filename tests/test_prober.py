@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,10 @@ from conftest import write_rows
 from autotune import builtin, intake
 from autotune.config import Layer, resolve
 from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut
+from autotune.probe.deadlines import Deadline, Deadlines
 from autotune.probe.local import LocalProber
-from autotune.probe.protocol import ProbeRequest, RungFailure, RungMeasurement
+from autotune.probe.protocol import PHASES, ProbeRequest, RungFailure, RungMeasurement
+from autotune.processes import temporary_dir
 from autotune.setting import Structure
 from autotune.tune.site import JobSite
 
@@ -58,16 +59,26 @@ def request_of(site: JobSite, sizes: Sequence[int], zero_stage: int = 0) -> Prob
     return site.request([structure.with_micro_batch(m, RANKS, GLOBAL_BATCH) for m in sizes])
 
 
-def climb(request: ProbeRequest, logs: Path, idle_limit_s: float = 200) -> Answers:
-    return LocalProber(logs, idle_limit_s=idle_limit_s).probe(request)
+def climb(request: ProbeRequest, logs: Path, deadlines: Deadlines | None = None) -> Answers:
+    return LocalProber(logs, deadlines=deadlines).probe(request)
+
+
+def silent_for(seconds: float) -> Deadlines:
+    """Return limits that give a phase up after so many seconds of silence."""
+    limit = Deadline(silence_s=seconds, total_s=240)
+    return Deadlines(phases=dict.fromkeys(PHASES, limit), first_rung=limit)
 
 
 def live_ranks() -> list[psutil.Process]:
-    """Return the processes below this one that lead a session of their own, as ranks do."""
+    """Return the processes below this one that lead a session of their own, as ranks do.
+
+    So does the shell that keeps the temporary directory.
+    """
     ranks = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getsid(process.pid) == process.pid and process.status() != psutil.STATUS_ZOMBIE:
+            leads = os.getsid(process.pid) == process.pid and process.name() != "sh"
+            if leads and process.status() != psutil.STATUS_ZOMBIE:
                 ranks.append(process)
     return sorted(ranks, key=lambda rank: rank.pid)
 
@@ -162,15 +173,68 @@ def test_a_rank_killed_from_outside_is_a_crash_by_its_signal(
 
 
 def test_a_rank_that_stands_still_times_out(site: JobSite, tmp_path: Path) -> None:
-    answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path, idle_limit_s=20)
+    answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path, silent_for(8))
     ranks = after_the_first_rung(answers)
 
     ranks[1].send_signal(signal.SIGSTOP)
     outcome = failure(answers)
 
     assert isinstance(outcome, TimedOut)
-    assert outcome.seconds >= 20
+    assert 8 <= outcome.seconds < 20
     assert outcome.phase.startswith("micro-batch ")
+
+
+SLOW_TO_BUILD = """
+import time
+from transformers import GlmForCausalLM
+
+class SlowForCausalLM(GlmForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        end = time.monotonic() + 15
+        while time.monotonic() < end:
+            {meanwhile}
+"""
+
+
+def with_a_build_of_15_s(request: ProbeRequest, model: Path, meanwhile: str) -> ProbeRequest:
+    """Return the request with a model that does something for 15 s before it is built."""
+    shutil.copytree(builtin.directory("glm-tiny"), model)
+    (model / "modeling_slow.py").write_text(SLOW_TO_BUILD.format(meanwhile=meanwhile))
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_slow.SlowForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    spec = replace(request.spec, model_dir=str(model), trust_remote_code=True)
+    return replace(request, spec=spec)
+
+
+def test_a_build_that_works_for_long_is_no_hang(site: JobSite, tmp_path: Path) -> None:
+    request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "busy", "sum(range(1000))")
+
+    (answer,) = climb(request, tmp_path / "logs", silent_for(7))
+
+    assert isinstance(answer, RungMeasurement), answer
+
+
+def test_a_build_that_does_nothing_is_a_hang(site: JobSite, tmp_path: Path) -> None:
+    request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "idle", "time.sleep(1)")
+
+    outcome = failure(climb(request, tmp_path / "logs", silent_for(7)))
+
+    assert isinstance(outcome, TimedOut)
+    assert outcome.phase == "build"
+
+
+def test_a_phase_that_works_beyond_its_limit_times_out(site: JobSite, tmp_path: Path) -> None:
+    request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "slow", "sum(range(1000))")
+    limit = Deadline(silence_s=240, total_s=240)
+    build = Deadline(silence_s=240, total_s=3)
+    deadlines = Deadlines(phases={**dict.fromkeys(PHASES, limit), "build": build})
+
+    outcome = failure(climb(request, tmp_path / "logs", deadlines))
+
+    assert isinstance(outcome, TimedOut)
+    assert (outcome.phase, round(outcome.seconds)) == ("build", 3)
 
 
 def test_an_exception_of_the_model_is_a_crash_with_its_words(site: JobSite, tmp_path: Path) -> None:
@@ -198,19 +262,16 @@ def test_an_exception_of_the_model_is_a_crash_with_its_words(site: JobSite, tmp_
     ],
 )
 def test_a_garbled_answer_is_a_crash_that_says_so(
-    site: JobSite, tmp_path: Path, line: bytes, monkeypatch: pytest.MonkeyPatch
+    site: JobSite, tmp_path: Path, line: bytes
 ) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path / "logs")
     after_the_first_rung(answers)
 
-    (answer_file,) = scratch.glob("*/rank-0.jsonl")
+    (answer_file,) = temporary_dir().glob("probe-*/rank-0.jsonl")
     with answer_file.open("ab") as file:
         file.write(line)
     outcome = failure(answers)
 
     assert isinstance(outcome, Crashed)
     assert "garbage" in outcome.reason
-    assert list(scratch.iterdir()) == []
+    assert list(temporary_dir().glob("probe-*")) == []

@@ -1,19 +1,33 @@
 """What ranks answer with: it survives the file, and the worst of them counts."""
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.probe.protocol import PHASES, RungMeasurement, RungPlan, rung_phase, worst_of
+from autotune.probe.protocol import (
+    PHASES,
+    ProbeRequest,
+    RungMeasurement,
+    RungPlan,
+    rung_phase,
+    worst_of,
+)
 from autotune.probe.worker import Answer, answer_events
+from autotune.workload import TrainSpec
 
 seconds = st.floats(1e-6, 1e3)
 timings = st.lists(
     st.tuples(st.integers(1, 4096), st.lists(seconds, min_size=2, max_size=5).map(tuple))
 ).map(tuple)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=6,
+)
 measurements = st.builds(
     RungMeasurement,
     micro_batch_size=st.integers(1, 64),
@@ -49,16 +63,53 @@ def test_the_slowest_rank_of_each_repetition_and_the_largest_memory_count() -> N
     assert worst_of(ranks) == measurement(2.0, 5.0, 200, 9.0)
 
 
-def test_ranks_that_timed_unlike_often_are_a_bug() -> None:
-    once = RungMeasurement(
-        micro_batch_size=2,
-        accumulate_s=((64, (1.0,)),),
-        boundary_s=(),
-        peak_bytes=1,
-        seconds=1.0,
+@pytest.mark.parametrize(
+    "timed", [((64, (1.0,)),), ((64, (1.0,)), (128, (1.0,))), ((64, (1.0, 1.0)), (99, (1.0, 1.0)))]
+)
+def test_ranks_that_timed_unlike_things_are_not_merged(
+    timed: tuple[tuple[int, tuple[float, ...]], ...],
+) -> None:
+    other = replace(measurement(1.0, 1.0, 1, 1.0), accumulate_s=timed)
+    with pytest.raises(ValueError, match=r"shorter|longer|unlike"):
+        worst_of([other, measurement(1.0, 1.0, 1, 1.0)])
+
+
+@given(st.sampled_from([field.name for field in fields(RungMeasurement)]), json_values)
+def test_a_measurement_of_wrong_types_is_refused_or_right(field: str, value: object) -> None:
+    garbled = json.loads(json.dumps(measurement(1.0, 2.0, 3, 4.0).to_json())) | {field: value}
+    try:
+        measured = RungMeasurement.from_json(garbled)
+    except (KeyError, TypeError, ValueError):
+        return
+    assert worst_of([measured]) == measured
+
+
+def test_a_request_comes_back_from_json() -> None:
+    rung = RungPlan(
+        micro_batch_size=4,
+        gradient_accumulation_steps=1,
+        memory_rows=(1, 2),
+        timed_rows=((64, (0, 1)),),
     )
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        worst_of([once, measurement(1.0, 1.0, 1, 1.0)])
+    spec = TrainSpec(
+        model_dir="model",
+        from_scratch=True,
+        trust_remote_code=False,
+        precision="fp32",
+        attention="sdpa",
+        checkpointing="none",
+        dataset_dir="data",
+        model_output_dir="out",
+        device_kind="cpu",
+        device_memory_bytes=1,
+        threads_per_rank=1,
+        seed=0,
+        trainer={"bf16": False},
+    )
+    request = ProbeRequest(
+        label="x", ranks=2, spec=spec, ds_config={"a": {"b": 1}}, total_steps=3, rungs=(rung, rung)
+    )
+    assert ProbeRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
 
 
 def test_the_phase_of_a_rung_is_none_of_those_before_it() -> None:

@@ -88,6 +88,15 @@ def read_nvidia(
     return select_visible(present, environ)
 
 
+def used_bytes(nvml: Nvml | None = None) -> dict[str, int]:
+    """Return the bytes in use of each visible GPU that tells, whoever uses them, by its UUID."""
+    return {
+        device.uuid or str(device.index): device.memory_total_bytes - device.memory_free_bytes
+        for device in read_nvidia(nvml).devices
+        if device.memory_total_bytes is not None and device.memory_free_bytes is not None
+    }
+
+
 def _read_devices(nvml: Nvml) -> Iterator[NvidiaDevice]:
     found = (
         _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)

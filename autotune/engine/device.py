@@ -88,6 +88,15 @@ class MemoryCap:
             self.enforce()
 
 
+def open_device(local_rank: int) -> None:
+    """Open this rank's device; what keeps a forked process from using it shows here."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.set_device(local_rank)
+    accelerator.synchronize()
+
+
 def enter_rank(device_kind: str, memory_bytes: int, threads: int) -> tuple[MemoryMeter, MemoryCap]:
     """Make this process a rank: process group, threads, memory baseline and cap.
 

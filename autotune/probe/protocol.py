@@ -1,5 +1,6 @@
 """What is asked of a prober and what it answers; standard library only."""
 
+import math
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -23,8 +24,8 @@ class RungPlan:
     timed_rows: tuple[tuple[int, tuple[int, ...]], ...]
 
 
-PHASES = ("start", "build")
-"""What every rank goes through before its first rung."""
+PHASES = ("start", "meet", "build")
+"""What every rank goes through before its first rung: its device, the other ranks, the engine."""
 
 
 def rung_phase(rung: RungPlan) -> str:
@@ -42,6 +43,25 @@ class ProbeRequest:
     ds_config: dict[str, Any]
     total_steps: int
     rungs: tuple[RungPlan, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "ProbeRequest":
+        rungs = tuple(
+            RungPlan(
+                **{
+                    **rung,
+                    "memory_rows": tuple(rung["memory_rows"]),
+                    "timed_rows": tuple(
+                        (length, tuple(rows)) for length, rows in rung["timed_rows"]
+                    ),
+                }
+            )
+            for rung in fields["rungs"]
+        )
+        return cls(**{**fields, "spec": TrainSpec(**fields["spec"]), "rungs": rungs})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,21 +86,44 @@ class RungMeasurement:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "RungMeasurement":
+        """Read what a rank wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not what a rank writes.
+        """
         return cls(
-            micro_batch_size=fields["micro_batch_size"],
+            micro_batch_size=_whole(fields["micro_batch_size"]),
             accumulate_s=_timings(fields["accumulate_s"]),
             boundary_s=_timings(fields["boundary_s"]),
-            peak_bytes=fields["peak_bytes"],
-            seconds=fields["seconds"],
+            peak_bytes=_whole(fields["peak_bytes"]),
+            seconds=_seconds(fields["seconds"]),
         )
 
 
 def _timings(entries: list[Any]) -> tuple[tuple[int, tuple[float, ...]], ...]:
-    return tuple((length, tuple(times)) for length, times in entries)
+    return tuple((_whole(length), tuple(map(_seconds, times))) for length, times in entries)
+
+
+def _whole(value: object) -> int:
+    if type(value) is int and value >= 0:
+        return value
+    msg = f"{value!r} is no count"
+    raise ValueError(msg)
+
+
+def _seconds(value: object) -> float:
+    if type(value) in (int, float) and math.isfinite(value) and value >= 0:  # type: ignore[arg-type, operator]
+        return value  # type: ignore[return-value]
+    msg = f"{value!r} is no number of seconds"
+    raise ValueError(msg)
 
 
 def worst_of(measurements: list[RungMeasurement]) -> RungMeasurement:
-    """Merge what the ranks saw of the same rung: the slowest times and the largest memory."""
+    """Merge what the ranks saw of the same rung: the slowest times and the largest memory.
+
+    Raises:
+        ValueError: they timed other lengths than each other, or unlike often.
+    """
     first = measurements[0]
     return RungMeasurement(
         micro_batch_size=first.micro_batch_size,
@@ -94,6 +137,9 @@ def worst_of(measurements: list[RungMeasurement]) -> RungMeasurement:
 def _slowest(
     ranks: list[tuple[tuple[int, tuple[float, ...]], ...]],
 ) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    if len({tuple(length for length, _ in rank) for rank in ranks}) > 1:
+        msg = "ranks have timed unlike lengths"
+        raise ValueError(msg)
     return tuple(
         (entries[0][0], tuple(map(max, zip(*(times for _, times in entries), strict=True))))
         for entries in zip(*ranks, strict=True)
@@ -102,11 +148,12 @@ def _slowest(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RungFailure:
-    """The rung that a probe ended on before it was measured."""
+    """The rung that a probe ended on before it was measured, and the phase it was in by then."""
 
     micro_batch_size: int
     outcome: Outcome
     seconds: float
+    phase: str = ""
 
 
 class Prober(Protocol):

@@ -2,18 +2,25 @@
 
 import json
 import os
+import threading
 import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from autotune.engine.device import MemoryMeter, enter_rank, synchronize
+from autotune.engine.device import MemoryMeter, enter_rank, open_device, synchronize
+from autotune.engine.ops import load_ops, needed_ops
 from autotune.probe.protocol import ProbeRequest, RungMeasurement, RungPlan, rung_phase
+from autotune.probe.settle import settled
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-_SECONDS_A_TIMING = 1.0
-_MIN_REPEATS, _MAX_REPEATS = 2, 5
+_BEAT_S = 1.0
+
+
+def answer_path(directory: Path, rank: int) -> Path:
+    """Return the file that a rank of a probe answers with."""
+    return directory / f"rank-{rank}.jsonl"
 
 
 class Answer:
@@ -26,10 +33,26 @@ class Answer:
         line = json.dumps({"event": event, **fields}) + "\n"
         os.write(self._descriptor, line.encode())
 
+    def beat(self) -> None:
+        """Write the seconds that this process has computed, again and again, in a thread.
 
-def run_rank(request: ProbeRequest, rank: int, store: str, answer_path: str) -> None:
-    """Run one rank to its end; whatever happens is written into the answer file."""
-    answer = Answer(answer_path)
+        A rank that hangs in wait for another does not compute, one that is stopped does not write.
+        """
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            self.write("beat", work_s=time.process_time(), every_s=_BEAT_S)
+            time.sleep(_BEAT_S)
+
+
+def run_rank(request: ProbeRequest, rank: int, store: str | None, answer_file: str) -> None:
+    """Run one rank to its end; whatever happens is written into the answer file.
+
+    The ranks meet through the file `store`; without it, where the environment says, as torchrun's.
+    """
+    answer = Answer(answer_file)
+    answer.beat()
     try:
         _climb(request, rank, store, answer)
     except Exception as error:  # noqa: BLE001 - the one place that turns exceptions into an answer
@@ -38,6 +61,7 @@ def run_rank(request: ProbeRequest, rank: int, store: str, answer_path: str) -> 
             "death",
             exception=f"{type(error).__module__}.{type(error).__qualname__}",
             message=_first_lines(str(error)),
+            errno=getattr(error, "errno", None),
         )
         # Interpreter shutdown would wait for collectives that the other ranks never join.
         os._exit(1)
@@ -49,9 +73,13 @@ def _first_lines(text: str, limit: int = 600) -> str:
     return text.strip()[:limit]
 
 
-def _climb(request: ProbeRequest, rank: int, store: str, answer: Answer) -> None:
+def _climb(request: ProbeRequest, rank: int, store: str | None, answer: Answer) -> None:
     answer.write("phase", phase="start")
-    _join_process_group(request, rank, store)
+    open_device(int(os.environ["LOCAL_RANK"]))
+    load_ops(needed_ops(request.spec.device_kind, request.ds_config))
+    answer.write("phase", phase="meet")
+    if store is not None:
+        _join_process_group(request, rank, store)
     spec = request.spec
     meter, _ = enter_rank(spec.device_kind, spec.device_memory_bytes, spec.threads_per_rank)
     answer.write("phase", phase="build")
@@ -66,11 +94,8 @@ def _join_process_group(request: ProbeRequest, rank: int, store: str) -> None:
     from deepspeed.accelerator import get_accelerator
     from torch.distributed import FileStore  # type: ignore[attr-defined] # public, not in __all__
 
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(rank)
     torch.distributed.init_process_group(
-        accelerator.communication_backend_name(),
+        get_accelerator().communication_backend_name(),
         store=FileStore(store, request.ranks),
         rank=rank,
         world_size=request.ranks,
@@ -99,18 +124,15 @@ class Ladder:
         longest = self._batch(rung.memory_rows)
         if accumulates:
             self._step(longest, rung, boundary=False)
-        slowest = self._step(longest, rung, boundary=True)
+        self._step(longest, rung, boundary=True)
         peak_bytes = self._meter.peak_bytes()
-        repeats = self._agree_on_repeats(slowest)
         accumulate_s = tuple(
-            (length, self._time(rows, rung, repeats, boundary=not accumulates))
+            (length, self._time(rows, rung, boundary=not accumulates))
             for length, rows in rung.timed_rows
         )
         middle = rung.timed_rows[len(rung.timed_rows) // 2]
         boundary_s = (
-            ((middle[0], self._time(middle[1], rung, repeats, boundary=True)),)
-            if accumulates
-            else ()
+            ((middle[0], self._time(middle[1], rung, boundary=True)),) if accumulates else ()
         )
         return RungMeasurement(
             micro_batch_size=rung.micro_batch_size,
@@ -120,11 +142,17 @@ class Ladder:
             seconds=time.perf_counter() - started,
         )
 
-    def _time(
-        self, rows: tuple[int, ...], rung: RungPlan, repeats: int, *, boundary: bool
-    ) -> tuple[float, ...]:
+    def _time(self, rows: tuple[int, ...], rung: RungPlan, *, boundary: bool) -> tuple[float, ...]:
+        """Repeat a micro-step until its time has settled; returns the repetitions that count.
+
+        Of each repetition the slowest rank's time is known to all, so all see the same sample and
+        stop after the same one: a repetition is a collective.
+        """
         batch = self._batch(rows)
-        return tuple(self._step(batch, rung, boundary=boundary) for _ in range(repeats))
+        times: list[float] = []
+        while (sample := settled(times)) is None:
+            times.append(self._slowest(self._step(batch, rung, boundary=boundary)))
+        return sample
 
     def _step(self, batch: dict[str, Any], rung: RungPlan, *, boundary: bool) -> float:
         from autotune.engine.trainer import count_trained
@@ -141,14 +169,13 @@ class Ladder:
         batch: dict[str, Any] = self._trainer.data_collator([dataset[row] for row in rows])
         return batch
 
-    def _agree_on_repeats(self, slowest_s: float) -> int:
-        """Return the same number on every rank, as each repetition is a collective."""
+    def _slowest(self, seconds: float) -> float:
+        """Return the same on every rank: the most seconds that one of them took."""
         import torch
 
-        seconds = torch.tensor(slowest_s, device=self._trainer.args.device)
-        torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
-        repeats = int(_SECONDS_A_TIMING / max(float(seconds), 1e-6))
-        return max(_MIN_REPEATS, min(_MAX_REPEATS, repeats))
+        slowest = torch.tensor(seconds, dtype=torch.float64, device=self._trainer.args.device)
+        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
+        return float(slowest)
 
 
 def answer_events(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:

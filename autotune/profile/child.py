@@ -1,7 +1,7 @@
 """What needs torch before the first probe, asked of a process of its own."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,15 @@ def measured_rates(device_kind: str, precision: str, threads: int, log: Path) ->
     return _checked(_ask(_measure, device_kind, precision, threads, log=log), "measure the device")
 
 
-def build_ops(device_kind: str, log: Path) -> None:
-    """Build the DeepSpeed ops that every rank loads, once, in a process of its own.
+def build_ops(names: Sequence[str], log: Path) -> None:
+    """Build DeepSpeed ops, named by their builders, once, in a process of its own.
+
+    Another run that builds them in the same cache is waited for.
 
     Raises:
         SetupFaultError: an op cannot be built.
     """
-    _checked(_ask(_build_ops, device_kind, log=log), "build DeepSpeed's ops")
+    _checked(_ask(_build_ops, tuple(names), log=log), "build DeepSpeed's ops")
 
 
 def _checked(answer: dict[str, Any], what: str) -> dict[str, Any]:
@@ -90,12 +92,13 @@ def _measure(device_kind: str, precision: str, threads: int, path: str) -> None:
     _answer(path, lambda: asdict(measure_rates(device_kind, precision, threads)))
 
 
-def _build_ops(device_kind: str, path: str) -> None:
+def _build_ops(names: Sequence[str], path: str) -> None:
     def build() -> dict[str, Any]:
-        from deepspeed.accelerator import get_accelerator
+        from autotune.engine.ops import load_ops
 
-        if device_kind == "cpu":
-            get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+        # A compiler that outlived a killed build would write beside that of the next.
+        processes.end_session_with_this_process()
+        load_ops(names)
         return {}
 
     _answer(path, build)

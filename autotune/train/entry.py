@@ -16,6 +16,7 @@ from transformers import TrainingArguments as Arguments
 
 from autotune.dataset.rows import Rows
 from autotune.engine.device import MemoryMeter, enter_rank
+from autotune.engine.ops import load_ops, needed_ops
 from autotune.engine.trainer import build_trainer
 from autotune.processes import die_with_parent
 from autotune.rundir import write_json, write_text
@@ -54,6 +55,7 @@ def train(
 ) -> None:
     """Train to the end, then save the model with its tokenizer."""
     output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    load_ops(needed_ops(spec.device_kind, ds_config))
     meter, cap = enter_rank(spec.device_kind, spec.device_memory_bytes, spec.threads_per_rank)
     trainer = build_trainer(spec, ds_config, load_weights=True)
     trainer.memory_cap = cap

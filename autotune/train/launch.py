@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from autotune.errors import TrainingFailedError
+from autotune.processes import temporary_dir
 
 _TERMINATE_GRACE_S = 15.0
 _POLL_S = 0.25
@@ -40,7 +41,8 @@ def run_training(
         process = subprocess.Popen(
             [sys.executable, "-m", "autotune.train.leash", *command],
             cwd=directory,
-            env={**os.environ, **environment},
+            # torchrun leaves its own there.
+            env={**os.environ, "TMPDIR": str(temporary_dir()), **environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,60 @@
+"""DeepSpeed's compiled ops, built and loaded under a lock that ends with whoever holds it.
+
+torch guards a build by a file `lock` in the op's directory. A process that is killed meanwhile
+leaves it behind, and every later one waits on it for ever. Here none of ours touches that file
+without holding a lock of the kernel's, so one that is there all the same is a dead process's.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+_POLL_S = 0.01
+
+
+def needed_ops(device_kind: str, ds_config: dict[str, Any]) -> tuple[str, ...]:
+    """Name the builders of the ops that an engine of this config loads."""
+    communication = ("ShareMemCommBuilder",) if device_kind == "cpu" else ()
+    offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    by_torch = ds_config["optimizer"]["params"].get("torch_adam", False)
+    optimizer = ("CPUAdamBuilder",) if offload == "cpu" and not by_torch else ()
+    return communication + optimizer
+
+
+def load_ops(names: Sequence[str]) -> None:
+    """Load the ops, built first where they are not; DeepSpeed finds them loaded from then on."""
+    import filelock
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    for name in names:
+        builder = get_accelerator().create_op_builder(name)
+        directory = Path(_get_build_directory(builder.name, verbose=False))
+        lock = directory.parent / f"{builder.name}.autotune-lock"
+        with filelock.FileLock(lock, mode=0o600, poll_interval=_POLL_S):
+            _remove_stale(directory / "lock")
+            builder.load(verbose=False)
+
+
+def _remove_stale(baton: Path) -> None:
+    """Remove torch's lock unless some other program builds in this directory just now."""
+    if baton.exists() and not _is_open(baton):
+        _log.warning("removing %s, which a killed build has left", baton)
+        baton.unlink(missing_ok=True)
+
+
+def _is_open(path: Path) -> bool:
+    """Tell whether a process has the file open, as torch's builder has while it builds."""
+    wanted = str(path.resolve())
+    return any(_link(link) == wanted for link in Path("/proc").glob("[0-9]*/fd/*"))
+
+
+def _link(path: Path) -> str | None:
+    try:
+        return str(path.readlink())
+    except OSError:
+        # Closed meanwhile, or another user's.
+        return None
