@@ -115,17 +115,15 @@ class Ladder:
         self._trainer.prepare_engine(request.total_steps)
         # The first update makes the optimizer's states, and ZeRO 3 learns the order of the layers.
         shortest = request.rungs[0].timed_rows[0][1]
-        self._step(self._batch(shortest), request.rungs[0], boundary=True)
+        self._step(shortest, request.rungs[0], boundary=True)
 
     def measure(self, rung: RungPlan) -> RungMeasurement:
         started = time.perf_counter()
         accumulates = rung.gradient_accumulation_steps > 1
         self._meter.reset()
-        longest = self._batch(rung.memory_rows)
         if accumulates:
-            self._step(longest, rung, boundary=False)
-        self._step(longest, rung, boundary=True)
-        peak_bytes = self._meter.peak_bytes()
+            self._step(rung.memory_rows, rung, boundary=False)
+        self._step(rung.memory_rows, rung, boundary=True)
         accumulate_s = tuple(
             (length, self._time(rows, rung, boundary=not accumulates))
             for length, rows in rung.timed_rows
@@ -138,7 +136,8 @@ class Ladder:
             micro_batch_size=rung.micro_batch_size,
             accumulate_s=accumulate_s,
             boundary_s=boundary_s,
-            peak_bytes=peak_bytes,
+            # At the end: a resident set still grows a little over the first few repetitions.
+            peak_bytes=self._meter.peak_bytes(),
             seconds=time.perf_counter() - started,
         )
 
@@ -148,18 +147,19 @@ class Ladder:
         Of each repetition the slowest rank's time is known to all, so all see the same sample and
         stop after the same one: a repetition is a collective.
         """
-        batch = self._batch(rows)
         times: list[float] = []
         while (sample := settled(times)) is None:
-            times.append(self._slowest(self._step(batch, rung, boundary=boundary)))
+            times.append(self._slowest(self._step(rows, rung, boundary=boundary)))
         return sample
 
-    def _step(self, batch: dict[str, Any], rung: RungPlan, *, boundary: bool) -> float:
+    def _step(self, rows: tuple[int, ...], rung: RungPlan, *, boundary: bool) -> float:
+        """Take a micro-step, its batch put together as training does it in between."""
         from autotune.engine.trainer import count_trained
 
-        trained = count_trained(batch) * self._ranks * rung.gradient_accumulation_steps
         synchronize()
         started = time.perf_counter()
+        batch = self._batch(rows)
+        trained = count_trained(batch) * self._ranks * rung.gradient_accumulation_steps
         self._trainer.micro_step(batch, max(1, trained), boundary=boundary)
         synchronize()
         return time.perf_counter() - started
