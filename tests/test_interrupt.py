@@ -162,6 +162,7 @@ def assert_finished_without_repeating(controller: Controller) -> None:
     assert controller.leftovers() == []
 
 
+@pytest.mark.slow
 def test_stopped_while_probing_and_while_training_it_goes_on(controller: Controller) -> None:
     controller.wait_for(lambda: bool(controller.rungs()))
     held = autotune(*controller.arguments, cwd=controller.run_dir.parent)

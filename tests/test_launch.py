@@ -36,6 +36,7 @@ os.register_at_fork(after_in_child=forbid)
 """
 
 
+@pytest.mark.slow
 def test_cold_ranks_measure_what_warm_ones_do(site: JobSite, tmp_path: Path) -> None:
     answers = list(LocalProber(tmp_path, launcher=ColdLauncher()).probe(request_of(site, [1, 2])))
 
@@ -113,6 +114,7 @@ def probe_processes(directory: Path) -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 def test_two_torchrun_agents_measure_and_leave_nothing(
     site: JobSite, nodes: Nodes, tmp_path: Path
 ) -> None:

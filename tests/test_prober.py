@@ -172,6 +172,7 @@ def test_a_rank_killed_from_outside_is_a_crash_by_its_signal(
     assert "SIGKILL" in outcome.reason
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_times_out(site: JobSite, tmp_path: Path) -> None:
     answers = climb(request_of(site, [1, 2, 4, 8]), tmp_path, silent_for(8))
     ranks = after_the_first_rung(answers)
@@ -208,6 +209,7 @@ def with_a_build_of_15_s(request: ProbeRequest, model: Path, meanwhile: str) -> 
     return replace(request, spec=spec)
 
 
+@pytest.mark.slow
 def test_a_build_that_works_for_long_is_no_hang(site: JobSite, tmp_path: Path) -> None:
     request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "busy", "sum(range(1000))")
 
@@ -216,6 +218,7 @@ def test_a_build_that_works_for_long_is_no_hang(site: JobSite, tmp_path: Path) -
     assert isinstance(answer, RungMeasurement), answer
 
 
+@pytest.mark.slow
 def test_a_build_that_does_nothing_is_a_hang(site: JobSite, tmp_path: Path) -> None:
     request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "idle", "time.sleep(1)")
 
@@ -225,6 +228,7 @@ def test_a_build_that_does_nothing_is_a_hang(site: JobSite, tmp_path: Path) -> N
     assert outcome.phase == "build"
 
 
+@pytest.mark.slow
 def test_a_phase_that_works_beyond_its_limit_times_out(site: JobSite, tmp_path: Path) -> None:
     request = with_a_build_of_15_s(request_of(site, [1]), tmp_path / "slow", "sum(range(1000))")
     limit = Deadline(silence_s=240, total_s=240)

@@ -237,6 +237,7 @@ def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "long.jsonl", pairs)
 
 
+@pytest.mark.slow
 def test_with_a_cap_that_half_of_the_ladder_exceeds_it_runs_within_the_cap(
     tmp_path: Path, long_rows: Path
 ) -> None:

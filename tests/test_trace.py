@@ -51,7 +51,13 @@ def model(architecture: str, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name in ("llama", "gpt2") else pytest.mark.slow)
+        for name in TINY
+    ],
+)
 def test_it_counts_what_the_built_model_has(architecture: str, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
