@@ -24,7 +24,7 @@ _CPU_RUNTIME_BYTES = 48 * _MIB
 """What a CPU rank holds besides tensors: code paged in, communicator, allocator. Measured on ranks
 of a 3 M parameter model, stages 0 to 3, as resident set less the tensor bytes: 35 to 56 MiB."""
 
-_GPU_RUNTIME_BYTES = 2048 * _MIB
+GPU_RUNTIME_BYTES = 2048 * _MIB
 """CUDA context 0.5 to 0.9 GiB (measured, stas00/ml-engineering) and communicators up to 1.5 GiB,
 which a rank pays once and which free memory at the start does not show yet."""
 
@@ -178,14 +178,18 @@ def _other_peaks(
 ) -> Floats:
     """Return the larger of the peaks outside of micro-steps.
 
-    When the engine is built, stages 1 and 2 flatten the weights beside themselves
-    (stage_1_and_2.py, flatten_dense_tensors_aligned). In the update, torch's AdamW takes its
+    When the engine is built, stages 1 and 2 flatten the weights beside themselves, on the device
+    if it has as much free by then and else on the host (stage_1_and_2.py,
+    flatten_on_accelerator). In the update, torch's AdamW takes its
     foreach path on a GPU, which holds three temporaries as long as the fp32 shard (torch/optim/
     adamw.py); beside the activations' peak that shows where activations are small.
     """
     stage = _stage(space)
     flattens = (stage == 1) | (stage == 2)  # noqa: PLR2004 - ZeRO stages
-    creation = np.where(flattens, 2.0 * job.compute_bytes * profile.parameters, 0.0)
+    flattened = 2.0 * job.compute_bytes * profile.parameters
+    runtime = GPU_RUNTIME_BYTES if cluster.has_separate_memory else 0
+    on_device = flattened + runtime <= cluster.device_memory_bytes
+    creation = np.where(flattens & on_device, flattened, 0.0)
     states = (
         allocated["weights_bytes"] + allocated["gradients_bytes"] + allocated["optimizer_bytes"]
     )
@@ -197,5 +201,5 @@ def _other_peaks(
 
 def runtime_bytes(cluster: Cluster, allocated: Floats) -> Floats:
     """Return what a rank holds besides tensors, for each peak of allocated bytes."""
-    fixed = _GPU_RUNTIME_BYTES if cluster.has_separate_memory else _CPU_RUNTIME_BYTES
+    fixed = GPU_RUNTIME_BYTES if cluster.has_separate_memory else _CPU_RUNTIME_BYTES
     return fixed + _FRAGMENTATION * allocated

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from records import make_cluster, make_job, make_peak, make_profile
 
 from autotune.memory import PARTS, Floats, MemoryEstimate, estimate_memory
+from autotune.setting import Structure
 from autotune.space import Space, enumerate_space
+from autotune.units import GIB
 from autotune.workload import ModelProfile, Polynomial, Precision, Trace
 
 STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
@@ -155,3 +157,25 @@ def test_a_gpu_needs_memory_that_is_no_tensor_and_a_cpu_much_less() -> None:
     assert on_gpu.runtime_bytes.min() > 2048 * MIB
     assert on_cpu.runtime_bytes.min() > 48 * MIB
     assert on_cpu.runtime_bytes[0] < on_gpu.runtime_bytes[0]
+
+
+@pytest.mark.parametrize(("memory_gib", "factor"), [(5, 1), (6, 2)])
+def test_weights_are_flattened_beside_themselves_where_the_device_has_room(
+    memory_gib: int, factor: int
+) -> None:
+    # A billion parameters in bf16 are 1.9 GiB, twice that 3.7, and the runtime takes 2.
+    cluster = make_cluster(gpus=64, memory_bytes=memory_gib * GIB)
+    nothing = make_peak(0.0, 1.0, 0.0)
+    traces = tuple(
+        (mode, replace(trace, activations_bytes=nothing)) for mode, trace in make_profile().traces
+    )
+    space = enumerate_space(cluster, 64)
+    memory = estimate_memory(space, make_profile(traces=traces), make_job(), cluster, 1)
+    row = next(
+        row
+        for row in range(len(space))
+        if space.setting(row).structure == Structure(zero_stage=2, offload_optimizer="cpu")
+    )
+    states = 2e9 + 2e9 / 64
+    expected = max(states, 2e9 * factor)
+    assert memory.allocated_bytes[row] == pytest.approx(expected, rel=1e-3)

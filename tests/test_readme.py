@@ -9,6 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from autotune import cli, errors
+from autotune.cli.summary import result_text
 from autotune.rundir import RunDir
 
 README = (REPOSITORY / "README.md").read_text()
@@ -17,6 +18,34 @@ BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 def test_it_has_command_blocks() -> None:
     assert BLOCKS
+
+
+def test_its_transcript_has_all_that_a_run_prints_at_its_end() -> None:
+    (transcript,) = re.findall(r"^```text\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    result = {
+        "setting": {
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_stage": 0,
+            "checkpointing": "none",
+        },
+        "tokens_per_s": 1.0,
+        "samples_per_s": 1.0,
+        "gain_over_default": None,
+        "default": {},
+        "memory": {"measured_bytes": 1, "predicted_bytes": 1, "budget_bytes": 1},
+        "tuning_seconds": 1.0,
+        "probes": 1,
+        "rungs": 1,
+        "stopped_by": "max_probes",
+        "training": {"steps": 1, "loss_start": 1.0, "loss_end": 1.0},
+        "training_seconds": 1.0,
+        "model_dir": "model",
+        "run_dir": "run",
+    }
+    for line in result_text(result).splitlines():
+        label = re.split(r"\s{2,}", line)[0]
+        assert re.search(rf"^{label}\s{{2,}}\S", transcript, re.MULTILINE), label
 
 
 @pytest.mark.slow

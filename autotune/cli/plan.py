@@ -60,6 +60,8 @@ def show_plan(
     from autotune import intake
     from autotune.documents import plan_document
 
+    for note in question.cluster.notes:
+        click.echo(note, err=True)
     intake.start_processes(question)
     with tempfile.TemporaryDirectory(prefix="autotune-plan-") as scratch:
         workload = intake.look_into(

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from autotune.engine.trainer import build_trainer, count_trained
+from autotune.memory import GPU_RUNTIME_BYTES
 from autotune.profile.fakery import LibraryScratch, faked
 from autotune.profile.live_bytes import LiveBytes, Parts
 from autotune.profile.virtual import VirtualRequest, VirtualRun
@@ -31,7 +32,9 @@ def follow(request: VirtualRequest) -> VirtualRun:
     live = LiveBytes(parts=parts)
 
     def free_device_bytes() -> int:
-        return request.spec.device_memory_bytes - live.current[VIRTUAL_GPU]
+        # What a device shows as free is without its context and communicators too.
+        tensors = live.current[VIRTUAL_GPU]
+        return request.spec.device_memory_bytes - GPU_RUNTIME_BYTES - tensors
 
     with (
         faked(
