@@ -82,7 +82,7 @@ class Run:
 
         Raises:
             AutotuneError: a stage failed; result.json says why.
-        InterruptedRunError: stopped from outside or out of budget; so says result.json.
+            InterruptedRunError: stopped from outside or out of budget; so says result.json.
         """
         self.dir.create()
         with self.dir.locked():
@@ -112,7 +112,10 @@ class Run:
     def _stages(self, *, with_training: bool) -> dict[str, Any]:
         # What was emitted stays as it is: checkpoints of a training fit only the setting it began
         # with, and more tuning could find another.
-        self._figures = self._figures_before() or self._tune_and_emit()
+        known = self.dir.read_rungs()
+        for rung in known:
+            self._count(rung)
+        self._figures = self._figures_before() or self._tune_and_emit(known)
         result = self._write_result({"exit_reason": "tuned", "exit_code": 0} | self._figures)
         if with_training:
             self._enter("train")
@@ -130,7 +133,7 @@ class Run:
             return {}
         return {name: value for name, value in before.items() if name not in _ENVELOPE}
 
-    def _tune_and_emit(self) -> dict[str, Any]:
+    def _tune_and_emit(self, known: list[Rung]) -> dict[str, Any]:
         self._enter("detect")
         write_json(self.dir.run, self._run_json())
         start_processes(self.question)
@@ -139,8 +142,8 @@ class Run:
         self._write_workload(workload)
         self._enter("tune")
         started = time.monotonic()
-        tuned = self._tune(workload)
-        tuning_s = time.monotonic() - started
+        tuned = self._tune(workload, known)
+        tuning_s = sum(rung.seconds for rung in known) + time.monotonic() - started
         self._enter("emit")
         best = require_best(workload.plan, tuned)
         self._emit(workload, best.setting, tuned)
@@ -174,7 +177,7 @@ class Run:
             write_json(self.dir.dataset_profile, {"schema": 1, **asdict(workload.dataset)})
         write_json(self.dir.plan, plan_document(workload))
 
-    def _tune(self, workload: Workload) -> Tuned:
+    def _tune(self, workload: Workload, known: list[Rung]) -> Tuned:
         from autotune.profile.child import build_ops
 
         plan, cluster = workload.plan, self.question.cluster
@@ -194,7 +197,7 @@ class Run:
             plan,
             LocalProber(self.dir.logs, memory=_device_memory(cluster)),
             site,
-            self.dir.read_rungs(),
+            known,
             record=self._record,
         )
         options = self.question.options
@@ -205,6 +208,10 @@ class Run:
 
     def _record(self, rung: Rung) -> None:
         self.dir.append_rung(rung)
+        self._count(rung)
+        self._beat()
+
+    def _count(self, rung: Rung) -> None:
         outcome = rung.outcome
         self._structures.add(rung.setting.structure)
         self._status["probes"] = len(self._structures)
@@ -216,7 +223,6 @@ class Run:
                 "setting": rung.setting.to_json(),
                 "tokens_per_s": outcome.tokens_per_s,
             }
-        self._beat()
 
     def _emit(self, workload: Workload, setting: Setting, tuned: Tuned) -> None:
         job, cluster, profile = workload.job, self.question.cluster, workload.profile

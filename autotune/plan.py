@@ -12,9 +12,9 @@ from autotune.memory import PARTS, MemoryEstimate, estimate_memory
 from autotune.setting import Setting
 from autotune.space import Space
 from autotune.throughput import (
+    DrawnRows,
     Ints,
     StepRate,
-    draw_order,
     integrate,
     predicted_communication_s,
     predicted_micro_step,
@@ -146,8 +146,8 @@ def make_plan(
 ) -> Plan:
     """Estimate memory and time of every setting of the space, on rows of these lengths."""
     memory = estimate_memory(space, profile, job, cluster, int(lengths.max()))
-    order = draw_order(len(lengths), job.seed)
-    predict = partial(_predict, profile, job, cluster, rates, lengths, order)
+    rows = DrawnRows.draw(lengths, job.seed)
+    predict = partial(_predict, profile, job, cluster, rates, rows)
     steps = [predict(setting=space.setting(row)) for row in range(len(space))]
     return Plan(
         space=space,
@@ -165,8 +165,7 @@ def _predict(
     job: Job,
     cluster: Cluster,
     rates: Rates,
-    lengths: Ints,
-    order: Ints,
+    rows: DrawnRows,
     *,
     setting: Setting,
 ) -> StepRate:
@@ -178,8 +177,7 @@ def _predict(
         profile, setting.structure.checkpointing, rates, setting.micro_batch_size
     )
     return integrate(
-        lengths,
-        order,
+        rows,
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         ranks=ranks,

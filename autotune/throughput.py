@@ -26,22 +26,37 @@ class StepRate:
     tokens_per_s: float
 
 
-def draw_order(num_rows: int, seed: int) -> Ints:
-    """Return an order as random as the one that training draws the rows in."""
-    return np.random.default_rng(seed).permutation(num_rows)
+@dataclass(frozen=True, slots=True)
+class DrawnRows:
+    """The rows of a dataset as a training meets them.
+
+    Attributes:
+        lengths: tokens of each row.
+        order: the rows in an order as random as the one that training draws them in.
+    """
+
+    lengths: Ints
+    order: Ints
+
+    @classmethod
+    def draw(cls, lengths: Ints, seed: int) -> "DrawnRows":
+        return cls(lengths, np.random.default_rng(seed).permutation(len(lengths)))
+
+    def first(self, num_rows: int) -> "DrawnRows":
+        """Return the rows drawn first; a smaller dataset is drawn again from its start."""
+        return DrawnRows(self.lengths, np.resize(self.order, num_rows))
 
 
-def padded_lengths(lengths: Ints, order: Ints, micro_batch_size: int) -> Ints:
+def padded_lengths(rows: DrawnRows, micro_batch_size: int) -> Ints:
     """Return the padded length of each micro-batch, the last incomplete one included."""
-    drawn = lengths[order]
+    drawn = rows.lengths[rows.order]
     missing = -len(drawn) % micro_batch_size
     padded: Ints = np.pad(drawn, (0, missing)).reshape(-1, micro_batch_size).max(axis=1)
     return padded
 
 
 def integrate(
-    lengths: Ints,
-    order: Ints,
+    rows: DrawnRows,
     *,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
@@ -56,8 +71,7 @@ def integrate(
     waits for the slowest rank; elsewhere only the update does.
 
     Args:
-        lengths: tokens of each row.
-        order: the rows in the order in which they are drawn.
+        rows: what is drawn, and in which order.
         micro_batch_size: rows a micro-step and rank.
         gradient_accumulation_steps: micro-steps an optimizer step.
         ranks: data-parallel ranks.
@@ -66,16 +80,16 @@ def integrate(
         synchronises_every_micro_step: whether ranks wait for each other in each micro-step.
     """
     rows_a_step = micro_batch_size * gradient_accumulation_steps * ranks
-    whole = np.resize(order, max(rows_a_step, len(order) // rows_a_step * rows_a_step))
-    drawn = whole[: _MAX_STEPS_INTEGRATED * rows_a_step]
-    padded = padded_lengths(lengths, drawn, micro_batch_size)
+    whole_steps = min(max(1, len(rows.order) // rows_a_step), _MAX_STEPS_INTEGRATED)
+    drawn = rows.first(whole_steps * rows_a_step)
+    padded = padded_lengths(drawn, micro_batch_size)
     seconds = micro_step_s(padded).reshape(-1, gradient_accumulation_steps, ranks)
     if synchronises_every_micro_step:
         steps = seconds.max(axis=2).sum(axis=1)
     else:
         steps = seconds.sum(axis=1).max(axis=1)
     step_time_s = float(steps.mean()) + boundary_extra_s
-    tokens = float(lengths[drawn].sum()) / len(steps)
+    tokens = float(drawn.lengths[drawn.order].sum()) / len(steps)
     return StepRate(
         step_time_s=step_time_s,
         samples_per_s=rows_a_step / step_time_s,

@@ -158,6 +158,10 @@ def assert_finished_without_repeating(controller: Controller) -> None:
     assert result["exit_reason"] == "trained"
     assert result["gain_over_default"] >= 1
     assert result["training"]["steps"] == 12
+    assert result["tuning_seconds"] >= sum(rung["outcome"]["took_s"] for rung in controller.rungs())
+    status = controller.document("status.json")
+    assert status["probes"] == result["probes"]
+    assert status["best"]["setting"] == result["setting"]
     assert controller.steps() == list(range(1, 13))
     assert controller.leftovers() == []
 

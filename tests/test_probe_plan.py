@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.probe.plan import plan_rung
+from autotune.probe.plan import RungPlanner
 from autotune.probe.protocol import RungPlan
-from autotune.throughput import Ints, draw_order, padded_lengths
+from autotune.throughput import DrawnRows, Ints, padded_lengths
 
 datasets = st.lists(st.integers(1, 3000), min_size=1, max_size=80).map(
     lambda lengths: np.array(lengths, dtype=np.int64)
@@ -15,7 +15,7 @@ sizes = st.integers(1, 16)
 
 
 def rung_of(lengths: Ints, size: int) -> RungPlan:
-    return plan_rung(lengths, draw_order(len(lengths), 0), size, 2)
+    return RungPlanner(DrawnRows.draw(lengths, 0)).plan(size, 2)
 
 
 @given(datasets, sizes)
@@ -44,7 +44,7 @@ def test_lengths_are_timed_from_short_to_the_longest_each_once(lengths: Ints, si
 
 @given(datasets, sizes)
 def test_timed_lengths_span_what_training_will_draw(lengths: Ints, size: int) -> None:
-    padded = padded_lengths(lengths, draw_order(len(lengths), 0), size)
+    padded = padded_lengths(DrawnRows.draw(lengths, 0), size)
     timed = [target for target, _ in rung_of(lengths, size).timed_rows]
     assert timed[0] == padded.min()
 

@@ -11,10 +11,10 @@ from records import RATES, make_cluster, make_profile
 
 from autotune.setting import Structure
 from autotune.throughput import (
+    DrawnRows,
     Floats,
     Ints,
     StepRate,
-    draw_order,
     evaluate,
     integrate,
     padded_lengths,
@@ -70,8 +70,7 @@ def rate(
     lengths: Ints, size: int, accumulation: int, ranks: int, *, each: bool, seed: int = 0
 ) -> StepRate:
     return integrate(
-        lengths,
-        draw_order(len(lengths), seed),
+        DrawnRows.draw(lengths, seed),
         micro_batch_size=size,
         gradient_accumulation_steps=accumulation,
         ranks=ranks,
@@ -85,7 +84,7 @@ def rate(
 def test_integration_is_the_loop_over_steps_ranks_and_rows(
     *, lengths: Ints, size: int, accumulation: int, ranks: int, each: bool
 ) -> None:
-    order = draw_order(len(lengths), 0)
+    order = DrawnRows.draw(lengths, 0).order
     naive = naive_rate(lengths, order, size, accumulation, ranks, each=each)
     found = rate(lengths, size, accumulation, ranks, each=each)
     assert found.step_time_s == pytest.approx(naive.step_time_s)
@@ -106,17 +105,19 @@ def test_to_wait_for_each_other_in_every_micro_step_is_never_faster(
 def test_padded_lengths_are_the_longest_of_each_micro_batch(
     lengths: Ints, size: int, seed: int
 ) -> None:
-    order = draw_order(len(lengths), seed).tolist()
+    rows = DrawnRows.draw(lengths, seed)
+    order = rows.order.tolist()
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     expected = [max(int(lengths[row]) for row in batch) for batch in batches]
-    assert padded_lengths(lengths, np.array(order), size).tolist() == expected
+    assert padded_lengths(rows, size).tolist() == expected
 
 
 @given(st.integers(1, 500), st.integers(0, 2**32 - 1))
 def test_the_order_draws_every_row_once_and_is_that_of_the_seed(rows: int, seed: int) -> None:
-    order = draw_order(rows, seed)
-    assert sorted(order.tolist()) == list(range(rows))
-    assert order.tolist() == draw_order(rows, seed).tolist()
+    lengths = np.ones(rows, dtype=np.int64)
+    order = DrawnRows.draw(lengths, seed).order.tolist()
+    assert sorted(order) == list(range(rows))
+    assert order == DrawnRows.draw(lengths, seed).order.tolist()
 
 
 @given(st.integers(1, 64), st.integers(1, 5000))

@@ -11,6 +11,7 @@ import pytest
 from autotune import builtin, emit, environment, processes
 from autotune.errors import VirtualRunUnavailableError
 from autotune.hardware import Cluster, Host
+from autotune.memory import GPU_RUNTIME_BYTES
 from autotune.profile.virtual import (
     VirtualRequest,
     virtual_run,
@@ -289,11 +290,12 @@ def test_offloading_the_optimizer_moves_its_states_to_the_host(tmp_path: Path) -
     assert sum(run.parts.values()) == run.peak_device_bytes
 
 
-@pytest.mark.parametrize(("room", "copies"), [(10**9, 2), (500_000, 1)])
+@pytest.mark.parametrize(("room_for_tensors", "copies"), [(10**9, 2), (500_000, 1)])
 def test_zero_2_flattens_the_weights_where_there_is_room(
-    room: int, copies: int, tmp_path: Path
+    room_for_tensors: int, copies: int, tmp_path: Path
 ) -> None:
     case = Case(model="llama", stage=2, precision="bf16", attention="sdpa", seq_length=16)
+    room = GPU_RUNTIME_BYTES + room_for_tensors
     gpus = replace(CLUSTER, kind="cuda", device_memory_bytes=room)
     request = make_request(case, model_directory(case.model, tmp_path), gpus, offload="cpu")
 

@@ -1,7 +1,7 @@
 """What the tuner needs to know of job and data to have a ladder probed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,30 +9,41 @@ import numpy as np
 from autotune.emit import ds_config, train_spec
 from autotune.hardware import Cluster
 from autotune.outcome import Measured
-from autotune.probe.plan import plan_rung
-from autotune.probe.protocol import ProbeRequest, RungMeasurement
+from autotune.probe.plan import RungPlanner
+from autotune.probe.protocol import ProbeRequest, RungMeasurement, RungPlan
 from autotune.setting import Setting
 from autotune.throughput import (
+    DrawnRows,
     Floats,
     Ints,
-    draw_order,
     integrate,
     synchronises_every_micro_step,
 )
 from autotune.workload import Job, ModelProfile
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class JobSite:
     """A job on a cluster, with the lengths of its rows."""
 
-    job: Job
-    cluster: Cluster
-    profile: ModelProfile
-    lengths_of_rows: Ints
-    dataset_dir: Path
-    scratch_dir: Path
-    total_steps: int
+    def __init__(
+        self,
+        *,
+        job: Job,
+        cluster: Cluster,
+        profile: ModelProfile,
+        lengths_of_rows: Ints,
+        dataset_dir: Path,
+        scratch_dir: Path,
+        total_steps: int,
+    ) -> None:
+        self.job = job
+        self.cluster = cluster
+        self.profile = profile
+        self.dataset_dir = dataset_dir
+        self.scratch_dir = scratch_dir
+        self.total_steps = total_steps
+        self._rows = DrawnRows.draw(lengths_of_rows, job.seed)
+        self._planner = RungPlanner(self._rows)
 
     def request(self, ladder: Sequence[Setting]) -> ProbeRequest:
         first = ladder[0]
@@ -44,7 +55,6 @@ class JobSite:
             output_dir=str(self.scratch_dir),
             model_output_dir=str(self.scratch_dir),
         )
-        order = draw_order(len(self.lengths_of_rows), self.job.seed)
         return ProbeRequest(
             label=first.structure.label(),
             ranks=self.cluster.num_devices,
@@ -52,30 +62,16 @@ class JobSite:
             spec=replace(spec, trainer=spec.trainer | {"save_strategy": "no"}),
             ds_config=ds_config(self.job, first, self.profile, self.cluster),
             total_steps=self.total_steps,
-            rungs=tuple(
-                plan_rung(
-                    self.lengths_of_rows,
-                    order,
-                    setting.micro_batch_size,
-                    setting.gradient_accumulation_steps,
-                )
-                for setting in ladder
-            ),
+            rungs=tuple(map(self._rung, ladder)),
         )
+
+    def _rung(self, setting: Setting) -> RungPlan:
+        return self._planner.plan(setting.micro_batch_size, setting.gradient_accumulation_steps)
 
     def lengths(self, setting: Setting) -> dict[str, object]:
         """Return the lengths that the rung of a setting is tried on."""
-        order = draw_order(len(self.lengths_of_rows), self.job.seed)
-        rung = plan_rung(
-            self.lengths_of_rows,
-            order,
-            setting.micro_batch_size,
-            setting.gradient_accumulation_steps,
-        )
-        return {
-            "longest": int(self.lengths_of_rows.max()),
-            "timed": [length for length, _ in rung.timed_rows],
-        }
+        timed = [length for length, _ in self._rung(setting).timed_rows]
+        return {"longest": int(self._rows.lengths.max()), "timed": timed}
 
     def outcome(self, setting: Setting, measured: RungMeasurement) -> Measured:
         """Compose the step time of the real length distribution from the rung's micro-steps."""
@@ -94,8 +90,7 @@ class JobSite:
             default=0.0,
         )
         rate = integrate(
-            self.lengths_of_rows,
-            draw_order(len(self.lengths_of_rows), self.job.seed),
+            self._rows,
             micro_batch_size=setting.micro_batch_size,
             gradient_accumulation_steps=setting.gradient_accumulation_steps,
             ranks=self.cluster.num_devices,
