@@ -60,11 +60,21 @@ class MemoryEstimate:
 
     def row(self, index: int) -> dict[str, int]:
         """Return one setting's terms in the order of the contract."""
-        names = (*PARTS, "allocated_bytes", "runtime_bytes", "device_bytes", "host_bytes")
-        rounded = {name: round(float(getattr(self, name)[index])) for name in names}
-        rounded["allocated_bytes"] = sum(rounded[name] for name in PARTS)
-        rounded["device_bytes"] = rounded["allocated_bytes"] + rounded["runtime_bytes"]
-        return rounded
+        return self.rows(np.array([index]))[0]
+
+    def rows(self, indices: NDArray[np.int64]) -> list[dict[str, int]]:
+        """Return the terms of some settings, in whole bytes that add up."""
+        rounded = {
+            name: np.rint(getattr(self, name)[indices]).astype(np.int64)
+            for name in (*PARTS, "runtime_bytes", "host_bytes")
+        }
+        columns = {name: rounded[name] for name in PARTS}
+        columns["allocated_bytes"] = np.sum(list(columns.values()), axis=0)
+        columns["runtime_bytes"] = rounded["runtime_bytes"]
+        columns["device_bytes"] = columns["allocated_bytes"] + columns["runtime_bytes"]
+        columns["host_bytes"] = rounded["host_bytes"]
+        values = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 PARTS = tuple(

@@ -1,7 +1,6 @@
 """Estimates every setting and keeps those that can fit; what is rejected says by which rule."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from autotune.setting import Setting
 from autotune.space import Space
 from autotune.throughput import (
     DrawnRows,
+    DrawnSteps,
+    Floats,
     Ints,
-    StepRate,
-    integrate,
     predicted_communication_s,
     predicted_micro_step,
     predicted_update_s,
@@ -26,8 +25,10 @@ from autotune.workload import Job, ModelProfile
 
 SCHEMA = 1
 
-_MEMORY_TOLERANCE = 0.15
-"""A setting is rejected only if it would not fit with the estimate this much too high."""
+Bools = NDArray[np.bool_]
+
+_GRANTED = 1.15
+"""A setting is rejected only if it would not fit with the estimate this many times too high."""
 
 _NEAREST_REJECTED = 20
 
@@ -47,142 +48,199 @@ class Plan:
 
     space: Space
     memory: MemoryEstimate
-    step_time_s: NDArray[np.float64]
-    samples_per_s: NDArray[np.float64]
-    tokens_per_s: NDArray[np.float64]
+    step_time_s: Floats
+    samples_per_s: Floats
+    tokens_per_s: Floats
     budget_bytes: int
     host_budget_bytes: int
 
     @property
-    def fits(self) -> NDArray[np.bool_]:
+    def fits(self) -> Bools:
         """Whether the estimate says that a setting fits."""
-        host_bytes = self.memory.host_bytes * self.space.ranks
-        fits: NDArray[np.bool_] = (self.memory.device_bytes <= self.budget_bytes) & (
-            host_bytes <= self.host_budget_bytes
-        )
-        return fits
+        return self._within(1.0, self.memory.device_bytes)
 
     @property
-    def kept(self) -> NDArray[np.bool_]:
+    def kept(self) -> Bools:
         """Whether a setting may fit, the estimate's tolerance granted."""
         return self.may_fit(self.memory.device_bytes)
 
-    def may_fit(self, device_bytes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def may_fit(self, device_bytes: Floats) -> Bools:
         """Whether settings that need so much of a device may fit, the tolerance granted."""
-        granted = 1 + _MEMORY_TOLERANCE
-        may_fit: NDArray[np.bool_] = (device_bytes <= granted * self.budget_bytes) & (
-            self.memory.host_bytes * self.space.ranks <= granted * self.host_budget_bytes
+        return self._within(_GRANTED, device_bytes)
+
+    def _within(self, granted: float, device_bytes: Floats) -> Bools:
+        host_bytes = self.memory.host_bytes * self.space.ranks
+        within: Bools = (device_bytes <= granted * self.budget_bytes) & (
+            host_bytes <= granted * self.host_budget_bytes
         )
-        return may_fit
+        return within
 
     def ranking(self) -> Ints:
         """Return the rows: kept ones first, the fastest first, then the rest by what they need."""
-        speed = np.where(self.kept, -self.tokens_per_s, self.memory.device_bytes)
-        return np.lexsort((speed, ~self.kept))
+        kept = self.kept
+        return np.lexsort((np.where(kept, -self.tokens_per_s, self.memory.device_bytes), ~kept))
+
+    def rule(self) -> NDArray[np.str_]:
+        """Return the name of the rule that each setting falls to; empty for those that are kept."""
+        too_large = self.memory.device_bytes > _GRANTED * self.budget_bytes
+        return np.select([self.kept, too_large], ["", "device_memory"], "host_memory")
 
     def rejection(self, row: int) -> Rejection | None:
         """Return the rule that a setting falls to, with its numbers."""
-        if self.kept[row]:
-            return None
-        parts = self.memory.row(row)
-        if self.memory.device_bytes[row] > self.budget_bytes * (1 + _MEMORY_TOLERANCE):
-            largest = sorted(PARTS, key=lambda name: -parts[name])[:3]
+        rule = str(self.rule()[row])
+        return self._rejection(rule, self.memory.row(row)) if rule else None
+
+    def _rejection(self, rule: str, memory: dict[str, int]) -> Rejection:
+        if rule == "device_memory":
+            largest = sorted(PARTS, key=lambda name: -memory[name])[:3]
             shares = ", ".join(
-                f"{name.removesuffix('_bytes')} {format_bytes(parts[name])}" for name in largest
+                f"{name.removesuffix('_bytes')} {format_bytes(memory[name])}" for name in largest
             )
             detail = (
-                f"needs {format_bytes(parts['device_bytes'])} a rank ({shares}), "
+                f"needs {format_bytes(memory['device_bytes'])} a rank ({shares}), "
                 f"{format_bytes(self.budget_bytes)} are there"
             )
-            return Rejection(rule="device_memory", detail=detail)
-        needed = parts["host_bytes"] * self.space.ranks
-        detail = (
-            f"needs {format_bytes(needed)} of host memory for {self.space.ranks} ranks, "
-            f"{format_bytes(self.host_budget_bytes)} are there"
-        )
-        return Rejection(rule="host_memory", detail=detail)
+        else:
+            ranks = self.space.ranks
+            detail = (
+                f"needs {format_bytes(memory['host_bytes'] * ranks)} of host memory for {ranks} "
+                f"ranks, {format_bytes(self.host_budget_bytes)} are there"
+            )
+        return Rejection(rule=rule, detail=detail)
 
     def entry(self, row: int) -> dict[str, Any]:
         """Return a setting with its estimate in the form of the contract."""
-        rejection = self.rejection(row)
-        return {
-            "schema": SCHEMA,
-            "setting": self.space.setting(row).to_json(),
-            "memory": self.memory.row(row),
-            "budget_bytes": self.budget_bytes,
-            "fits": bool(self.fits[row]),
-            "step_time_s": float(self.step_time_s[row]),
-            "tokens_per_s": float(self.tokens_per_s[row]),
-            "samples_per_s": float(self.samples_per_s[row]),
-            "rejected_by": asdict(rejection) if rejection else None,
-        }
+        return self.entries(np.array([row]))[0]
+
+    def entries(self, rows: Ints) -> list[dict[str, Any]]:
+        """Return settings with their estimates in the form of the contract."""
+        columns = (self.fits, self.rule(), self.step_time_s, self.tokens_per_s, self.samples_per_s)
+        return [
+            {
+                "schema": SCHEMA,
+                "setting": self.space.setting(row).to_json(),
+                "memory": memory,
+                "budget_bytes": self.budget_bytes,
+                "fits": fits,
+                "step_time_s": step_time_s,
+                "tokens_per_s": tokens_per_s,
+                "samples_per_s": samples_per_s,
+                "rejected_by": asdict(self._rejection(rule, memory)) if rule else None,
+            }
+            for row, memory, fits, rule, step_time_s, tokens_per_s, samples_per_s in zip(
+                rows.tolist(),
+                self.memory.rows(rows),
+                *(column[rows].tolist() for column in columns),
+                strict=True,
+            )
+        ]
 
     def listed(self, *, everything: bool = False) -> list[dict[str, Any]]:
         """Return the kept settings, best first, and the rejected ones nearest to fitting."""
         ranking = self.ranking()
-        kept = int(self.kept.sum())
-        last = len(ranking) if everything else kept + _NEAREST_REJECTED
-        return [self.entry(int(row)) for row in ranking[:last]]
+        last = len(ranking) if everything else int(self.kept.sum()) + _NEAREST_REJECTED
+        return self.entries(ranking[:last])
 
     def rejected_by_rule(self) -> dict[str, int]:
         """Count the rejected settings of each rule."""
-        counts: dict[str, int] = {}
-        for row in np.flatnonzero(~self.kept):
-            rejection = self.rejection(int(row))
-            assert rejection is not None, "only rejected rows are counted"
-            counts[rejection.rule] = counts.get(rejection.rule, 0) + 1
-        return counts
+        rules, counts = np.unique(self.rule(), return_counts=True)
+        found = zip(rules.tolist(), counts.tolist(), strict=True)
+        return {rule: count for rule, count in found if rule}
 
     def row_of(self, setting: Setting) -> int | None:
         """Find a setting's row; None if it is not in the space."""
-        for row in np.flatnonzero(self.space.micro_batch_size == setting.micro_batch_size):
-            if self.space.setting(int(row)) == setting:
-                return int(row)
-        return None
+        return self.space.row_of(setting)
 
 
 def make_plan(
     space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates, lengths: Ints
 ) -> Plan:
     """Estimate memory and time of every setting of the space, on rows of these lengths."""
-    memory = estimate_memory(space, profile, job, cluster, int(lengths.max()))
-    rows = DrawnRows.draw(lengths, job.seed)
-    predict = partial(_predict, profile, job, cluster, rates, rows)
-    steps = [predict(setting=space.setting(row)) for row in range(len(space))]
+    steps = _predict(space, profile, job, cluster, rates, DrawnRows.draw(lengths, job.seed))
     return Plan(
         space=space,
-        memory=memory,
-        step_time_s=np.array([step.step_time_s for step in steps]),
-        samples_per_s=np.array([step.samples_per_s for step in steps]),
-        tokens_per_s=np.array([step.tokens_per_s for step in steps]),
+        memory=estimate_memory(space, profile, job, cluster, int(lengths.max())),
+        step_time_s=steps.step_time_s,
+        samples_per_s=steps.samples_per_s,
+        tokens_per_s=steps.tokens_per_s,
         budget_bytes=cluster.device_memory_bytes,
         host_budget_bytes=cluster.host.available_bytes if cluster.host else _UNKNOWN_HOST_BYTES,
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Steps:
+    """Optimizer steps, a column a figure."""
+
+    step_time_s: Floats
+    samples_per_s: Floats
+    tokens_per_s: Floats
+
+
 def _predict(
-    profile: ModelProfile,
-    job: Job,
-    cluster: Cluster,
-    rates: Rates,
-    rows: DrawnRows,
-    *,
-    setting: Setting,
-) -> StepRate:
-    stage, ranks = setting.structure.zero_stage, cluster.num_devices
-    each_micro_step_s, each_update_s = predicted_communication_s(
-        profile, stage, ranks, rates, job.compute_bytes
+    space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates, rows: DrawnRows
+) -> _Steps:
+    """Predict the steps of all settings.
+
+    What a structure adds in communication and update does not depend on the rows, so that they are
+    integrated only once for each way to split the batch, to compute and to wait.
+    """
+    computing_s, tokens = _integrated(space, profile, rates, rows)
+    talking_s, updating_s = _added(space, profile, job, cluster, rates)
+    structure = space.structure_index
+    step_time_s = (
+        computing_s
+        + space.gradient_accumulation_steps * talking_s[structure]
+        + updating_s[structure]
     )
-    compute_s = predicted_micro_step(
-        profile, setting.structure.checkpointing, rates, setting.micro_batch_size
+    samples = space.micro_batch_size * space.gradient_accumulation_steps * space.ranks
+    return _Steps(
+        step_time_s=step_time_s,
+        samples_per_s=samples / step_time_s,
+        tokens_per_s=tokens / step_time_s,
     )
-    return integrate(
-        rows,
-        micro_batch_size=setting.micro_batch_size,
-        gradient_accumulation_steps=setting.gradient_accumulation_steps,
-        ranks=ranks,
-        micro_step_s=lambda padded: compute_s(padded) + each_micro_step_s,
-        boundary_extra_s=each_update_s
-        + predicted_update_s(profile, setting.structure, cluster, rates, job.compute_bytes),
-        synchronises_every_micro_step=synchronises_every_micro_step(stage, ranks),
+
+
+def _integrated(
+    space: Space, profile: ModelProfile, rates: Rates, rows: DrawnRows
+) -> tuple[Floats, Floats]:
+    """Return seconds of computing and tokens of a step, of every setting."""
+    splits, split_of_row = np.unique(
+        np.stack([space.micro_batch_size, space.gradient_accumulation_steps]),
+        axis=1,
+        return_inverse=True,
     )
+    modes, mode = np.unique(
+        [structure.checkpointing for structure in space.structures], return_inverse=True
+    )
+    waits = np.array(
+        [synchronises_every_micro_step(one.zero_stage, space.ranks) for one in space.structures],
+        dtype=np.int64,
+    )
+    seconds = np.empty((splits.shape[1], len(modes), 2))
+    tokens = np.empty(splits.shape[1])
+    for split, (size, accumulation) in enumerate(splits.T.tolist()):
+        steps = DrawnSteps.draw(rows, size, accumulation, space.ranks)
+        tokens[split] = steps.tokens
+        seconds[split] = steps.mean_s_of(
+            [predicted_micro_step(profile, name, rates, size) for name in modes.tolist()]
+        )
+    structure = space.structure_index
+    return seconds[split_of_row, mode[structure], waits[structure]], tokens[split_of_row]
+
+
+def _added(
+    space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates
+) -> tuple[Floats, Floats]:
+    """Return the seconds that each structure adds to a micro-step and to an update."""
+    added = [
+        (
+            *predicted_communication_s(
+                profile, structure.zero_stage, space.ranks, rates, job.compute_bytes
+            ),
+            predicted_update_s(profile, structure, cluster, rates, job.compute_bytes),
+        )
+        for structure in space.structures
+    ]
+    micro_step_s, update_s, optimizer_s = np.array(added).T
+    return micro_step_s, update_s + optimizer_s

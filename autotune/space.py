@@ -36,6 +36,17 @@ class Space:
             gradient_accumulation_steps=int(self.gradient_accumulation_steps[row]),
         )
 
+    def row_of(self, setting: Setting) -> int | None:
+        """Find a setting's row; None if there is none."""
+        if setting.structure not in self.structures:
+            return None
+        rows = np.flatnonzero(
+            (self.structure_index == self.structures.index(setting.structure))
+            & (self.micro_batch_size == setting.micro_batch_size)
+            & (self.gradient_accumulation_steps == setting.gradient_accumulation_steps)
+        )
+        return int(rows[0]) if len(rows) else None
+
     def column(self, field: str) -> NDArray[np.generic]:
         """Return a field of the structure for every row."""
         values = np.array([getattr(structure, field) for structure in self.structures])

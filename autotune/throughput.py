@@ -1,6 +1,6 @@
 """Time of an optimizer step, from the time of micro-steps and the lengths of real rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _MAX_STEPS_INTEGRATED = 2000
-"""A dataset of more optimizer steps is represented by its first ones: their order is random."""
+_MAX_ROWS_INTEGRATED = 2**17
+"""A dataset of more steps or rows is represented by the first ones: their order is random."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,84 @@ def padded_lengths(rows: DrawnRows, micro_batch_size: int) -> Ints:
     return padded
 
 
+@dataclass(frozen=True, slots=True)
+class DrawnSteps:
+    """The optimizer steps of the rows that training draws; ranks get micro-batches in turn.
+
+    Attributes:
+        padded: padded length of each micro-batch, an array (steps, micro-steps, ranks). Of steps of
+            very many rows it has the first micro-steps, and of each the first rows.
+        micro_steps: micro-steps an optimizer step.
+        rows: rows an optimizer step.
+        tokens: tokens an optimizer step, without padding, on average.
+    """
+
+    padded: Ints
+    micro_steps: int
+    rows: int
+    tokens: float
+
+    @classmethod
+    def draw(
+        cls, rows: DrawnRows, micro_batch_size: int, gradient_accumulation_steps: int, ranks: int
+    ) -> "DrawnSteps":
+        width = min(micro_batch_size, max(1, _MAX_ROWS_INTEGRATED // ranks))
+        micro_steps = min(
+            gradient_accumulation_steps, max(1, _MAX_ROWS_INTEGRATED // (width * ranks))
+        )
+        rows_a_step = micro_batch_size * gradient_accumulation_steps * ranks
+        available = min(len(rows.order), _MAX_ROWS_INTEGRATED)
+        steps = min(max(1, available // rows_a_step), _MAX_STEPS_INTEGRATED)
+        drawn = rows.first(steps * micro_steps * ranks * width)
+        return cls(
+            padded=padded_lengths(drawn, width).reshape(steps, micro_steps, ranks),
+            micro_steps=gradient_accumulation_steps,
+            rows=rows_a_step,
+            tokens=rows_a_step * float(drawn.lengths[drawn.order].mean()),
+        )
+
+    def mean_s(
+        self, micro_step_s: Callable[[Ints], Floats], *, synchronises_every_micro_step: bool
+    ) -> float:
+        """Return the mean seconds of a step without its update, where the slowest rank counts.
+
+        Where every micro-step synchronises (ZeRO 2 and 3), each waits for the slowest rank;
+        elsewhere only the update does.
+        """
+        seconds = micro_step_s(self.padded)
+        if synchronises_every_micro_step:
+            steps = seconds.max(axis=2).sum(axis=1)
+        else:
+            steps = seconds.sum(axis=1).max(axis=1)
+        return float(steps.mean()) * self._not_drawn
+
+    @property
+    def _not_drawn(self) -> float:
+        """How many times the micro-steps that were drawn make a step."""
+        counted: int = self.padded.shape[1]
+        return self.micro_steps / counted
+
+    def mean_s_of(self, micro_steps: Sequence[Polynomial]) -> Floats:
+        """Return `mean_s` of many kinds of micro-steps at once, an array (kinds, 2).
+
+        The second column is for synchronising in every micro-step. A polynomial is linear in its
+        coefficients, so its sums over micro-steps are those of the powers of the lengths; and as
+        time grows with the length, ranks that wait for each other take the time of the longest.
+        """
+        kinds = np.array([(one.c0, one.c1, one.c2) for one in micro_steps])
+        by_rank = _sums_of_powers(self.padded)
+        of_longest = _sums_of_powers(self.padded.max(axis=2, keepdims=True))
+        apart = np.tensordot(kinds, by_rank, axes=1).max(axis=2).mean(axis=1)
+        together = np.tensordot(kinds, of_longest, axes=1)[:, :, 0].mean(axis=1)
+        return np.stack([apart, together], axis=1) * self._not_drawn
+
+
+def _sums_of_powers(lengths: Ints) -> Floats:
+    """Sum 1, s and s^2 over the micro-steps: an array (3, steps, ranks)."""
+    exact = lengths.astype(np.float64)
+    return np.stack([(exact**power).sum(axis=1) for power in range(3)])
+
+
 def integrate(
     rows: DrawnRows,
     *,
@@ -67,9 +146,6 @@ def integrate(
 ) -> StepRate:
     """Integrate the time of micro-steps over the batches that training draws.
 
-    Micro-batches go to the ranks in turn. Where every micro-step synchronises (ZeRO 2 and 3), each
-    waits for the slowest rank; elsewhere only the update does.
-
     Args:
         rows: what is drawn, and in which order.
         micro_batch_size: rows a micro-step and rank.
@@ -79,21 +155,14 @@ def integrate(
         boundary_extra_s: seconds that the update adds to an optimizer step.
         synchronises_every_micro_step: whether ranks wait for each other in each micro-step.
     """
-    rows_a_step = micro_batch_size * gradient_accumulation_steps * ranks
-    whole_steps = min(max(1, len(rows.order) // rows_a_step), _MAX_STEPS_INTEGRATED)
-    drawn = rows.first(whole_steps * rows_a_step)
-    padded = padded_lengths(drawn, micro_batch_size)
-    seconds = micro_step_s(padded).reshape(-1, gradient_accumulation_steps, ranks)
-    if synchronises_every_micro_step:
-        steps = seconds.max(axis=2).sum(axis=1)
-    else:
-        steps = seconds.sum(axis=1).max(axis=1)
-    step_time_s = float(steps.mean()) + boundary_extra_s
-    tokens = float(drawn.lengths[drawn.order].sum()) / len(steps)
+    steps = DrawnSteps.draw(rows, micro_batch_size, gradient_accumulation_steps, ranks)
+    step_time_s = boundary_extra_s + steps.mean_s(
+        micro_step_s, synchronises_every_micro_step=synchronises_every_micro_step
+    )
     return StepRate(
         step_time_s=step_time_s,
-        samples_per_s=rows_a_step / step_time_s,
-        tokens_per_s=tokens / step_time_s,
+        samples_per_s=steps.rows / step_time_s,
+        tokens_per_s=steps.tokens / step_time_s,
     )
 
 
@@ -112,21 +181,19 @@ def evaluate(polynomial: Polynomial, micro_batch_size: int, lengths: Ints | Floa
 
 def predicted_micro_step(
     profile: ModelProfile, checkpointing: str, rates: Rates, micro_batch_size: int
-) -> Callable[[Ints], Floats]:
-    """Return the predicted seconds of a micro-step as a function of padded lengths.
+) -> Polynomial:
+    """Return the predicted seconds of a micro-step, all its rows together, over padded lengths.
 
     The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
     of them what it takes to start one.
     """
     trace = profile.trace(checkpointing)
-    fixed_s = trace.operators * rates.operator_overhead_s
-
-    def micro_step_s(lengths: Ints) -> Floats:
-        flops = evaluate(trace.flops, micro_batch_size, lengths)
-        seconds: Floats = flops / rates.matmul_flops_per_s + fixed_s
-        return seconds
-
-    return micro_step_s
+    a_flop_s = micro_batch_size / rates.matmul_flops_per_s
+    return Polynomial(
+        c0=trace.flops.c0 * a_flop_s + trace.operators * rates.operator_overhead_s,
+        c1=trace.flops.c1 * a_flop_s,
+        c2=trace.flops.c2 * a_flop_s,
+    )
 
 
 def predicted_communication_s(

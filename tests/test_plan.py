@@ -12,6 +12,16 @@ from records import LENGTHS, RATES, make_cluster, make_job, make_profile, plan_f
 from autotune.plan import Plan, make_plan
 from autotune.setting import Setting
 from autotune.space import enumerate_space
+from autotune.throughput import (
+    DrawnRows,
+    StepRate,
+    evaluate,
+    integrate,
+    predicted_communication_s,
+    predicted_micro_step,
+    predicted_update_s,
+    synchronises_every_micro_step,
+)
 from autotune.units import GIB
 
 ENTRY = {
@@ -187,3 +197,53 @@ def test_recomputation_is_predicted_to_be_slower_at_the_same_micro_batch() -> No
     plan = plan_for(make_cluster(gpus=2))
     full = plan.space.column("checkpointing") == "full"
     assert (plan.tokens_per_s[full] < plan.tokens_per_s[~full]).all()
+
+
+def predicted_alone(plan: Plan, row: int) -> StepRate:
+    """Predict one setting by itself."""
+    job, profile, setting = make_job(), make_profile(), plan.space.setting(row)
+    stage, ranks = setting.structure.zero_stage, plan.space.ranks
+    computing = predicted_micro_step(
+        profile, setting.structure.checkpointing, RATES, setting.micro_batch_size
+    )
+    each_s, last_s = predicted_communication_s(profile, stage, ranks, RATES, job.compute_bytes)
+    update_s = predicted_update_s(
+        profile, setting.structure, make_cluster(gpus=ranks), RATES, job.compute_bytes
+    )
+    return integrate(
+        DrawnRows.draw(LENGTHS, job.seed),
+        micro_batch_size=setting.micro_batch_size,
+        gradient_accumulation_steps=setting.gradient_accumulation_steps,
+        ranks=ranks,
+        micro_step_s=lambda padded: evaluate(computing, 1, padded) + each_s,
+        boundary_extra_s=last_s + update_s,
+        synchronises_every_micro_step=synchronises_every_micro_step(stage, ranks),
+    )
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_the_columns_are_what_each_setting_is_predicted_by_itself(gpus: int) -> None:
+    plan = plan_for(make_cluster(gpus=gpus))
+    for row in range(len(plan.space)):
+        alone = predicted_alone(plan, row)
+        assert plan.step_time_s[row] == pytest.approx(alone.step_time_s)
+        assert plan.samples_per_s[row] == pytest.approx(alone.samples_per_s)
+        assert plan.tokens_per_s[row] == pytest.approx(alone.tokens_per_s)
+
+
+def test_a_global_batch_of_billions_is_planned_like_one_of_thousands() -> None:
+    cluster = make_cluster(gpus=2)
+    usual, vast = (
+        plan_for(cluster, job=make_job(global_batch_size=size)) for size in (2**14, 2**32)
+    )
+    for row in range(len(usual.space)):
+        setting = usual.space.setting(row)
+        accumulation = setting.gradient_accumulation_steps * 2**18
+        same = vast.row_of(replace(setting, gradient_accumulation_steps=accumulation))
+        assert same is not None
+        # With so many micro-steps an update is for free, and the lengths are those of all rows.
+        alone = usual.samples_per_s[row]
+        assert alone <= vast.samples_per_s[same] * 1.02
+        assert vast.tokens_per_s[same] / vast.samples_per_s[same] == pytest.approx(
+            LENGTHS.mean(), rel=0.01
+        )

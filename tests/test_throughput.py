@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from records import RATES, make_cluster, make_profile
 from autotune.setting import Structure
 from autotune.throughput import (
     DrawnRows,
+    DrawnSteps,
     Floats,
     Ints,
     StepRate,
@@ -92,6 +94,23 @@ def test_integration_is_the_loop_over_steps_ranks_and_rows(
     assert found.tokens_per_s == pytest.approx(naive.tokens_per_s)
 
 
+rising = st.builds(Polynomial, c0=st.floats(-1, 1), c1=st.floats(1e-5, 1), c2=st.floats(0, 1e-3))
+
+
+@given(lengths_of_rows, sizes, sizes, sizes, st.lists(rising, min_size=1, max_size=3))
+def test_many_polynomials_at_once_are_each_by_itself(
+    lengths: Ints, size: int, accumulation: int, ranks: int, kinds: list[Polynomial]
+) -> None:
+    steps = DrawnSteps.draw(DrawnRows.draw(lengths, 0), size, accumulation, ranks)
+    at_once = steps.mean_s_of(kinds)
+    for kind, pair in zip(kinds, at_once, strict=True):
+        alone = [
+            steps.mean_s(partial(evaluate, kind, 1), synchronises_every_micro_step=each)
+            for each in (False, True)
+        ]
+        assert pair == pytest.approx(alone, abs=1e-9)
+
+
 @given(lengths_of_rows, sizes, sizes, sizes)
 def test_to_wait_for_each_other_in_every_micro_step_is_never_faster(
     lengths: Ints, size: int, accumulation: int, ranks: int
@@ -143,7 +162,8 @@ def test_only_zero_2_and_3_synchronise_every_micro_step_and_only_among_ranks() -
 
 
 def predicted(checkpointing: str, size: int) -> Callable[[Ints], Floats]:
-    return predicted_micro_step(make_profile(), checkpointing, RATES, size)
+    micro_step = predicted_micro_step(make_profile(), checkpointing, RATES, size)
+    return partial(evaluate, micro_step, 1)
 
 
 def test_a_micro_step_costs_its_operations_and_the_start_of_its_operators() -> None:
