@@ -162,6 +162,21 @@ GPUS: tuple[Gpu, ...] = (
     _gpu("MI300X-192GB", 196592, 1307, 163.4, 5300, 448, _PCIE5, None, "AMD Instinct MI300X"),
 )
 
+COMPARED = (
+    "RTX3090-24GB",
+    "RTX4090-24GB",
+    "A10-24GB",
+    "L40S-48GB",
+    "A100-40GB",
+    "A100-80GB",
+    "H100-80GB",
+    "H200-141GB",
+)
+"""Kinds that are compared if none is named: what clouds and workstations have most of."""
+
+_NODE_GPUS = 8
+"""Devices that the usual node has at most."""
+
 _BY_NAME = {alias.casefold(): gpu for gpu in GPUS for alias in (gpu.name, *gpu.products)}
 
 
@@ -178,6 +193,12 @@ def find_gpu(name: str) -> Gpu:
         msg = f"no GPU is known as {name!r}; the nearest are {known}"
         raise UsageError(msg)
     return gpu
+
+
+def canonical_name(product: str) -> str:
+    """Return the short name of a known product, and any other name as it is."""
+    gpu = _BY_NAME.get(product.casefold())
+    return gpu.name if gpu else product
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +224,28 @@ def parse_gpus(text: str) -> NodeGpus:
         msg = f"--gpus {text}: the count must be at least 1"
         raise UsageError(msg)
     return NodeGpus(count=count, gpu=find_gpu(match[2].strip()))
+
+
+def parse_kinds(text: str) -> tuple[Gpu, ...]:
+    """Read names of GPUs, separated by commas.
+
+    Raises:
+        UsageError: one is not known, or has a count.
+    """
+    kinds = []
+    for name in text.split(","):
+        if re.match(r"\s*\d+\s*[x*]", name, re.IGNORECASE):
+            msg = f"--gpus {name.strip()}: with --matrix the counts are those of --counts"
+            raise UsageError(msg)
+        kinds.append(find_gpu(name.strip()))
+    return tuple(kinds)
+
+
+def in_nodes(gpu: Gpu, count: int) -> tuple[NodeGpus, ...]:
+    """Return so many GPUs in nodes of eight, the last with the rest."""
+    whole, rest = divmod(count, _NODE_GPUS)
+    full = (NodeGpus(_NODE_GPUS, gpu),) * whole
+    return (*full, NodeGpus(rest, gpu)) if rest else full
 
 
 ACHIEVED_ARITHMETIC = 0.6

@@ -1,20 +1,29 @@
 """The documents that a run leaves for people and machines: plan, figures, fallbacks."""
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from autotune.emit import ds_config
+from autotune.errors import UsageError
 from autotune.hardware import Cluster
-from autotune.intake import Workload, estimate_setting, total_steps
+from autotune.intake import NamedHardware, Workload, estimate_setting, total_steps
 from autotune.memory import PARTS, MemoryEstimate, runtime_bytes
 from autotune.outcome import Measured, Rung
+from autotune.plan import Plan
+from autotune.prices import NO_PRICES, Prices
 from autotune.profile.virtual import VirtualRun
+from autotune.remedy import near_misses
 from autotune.setting import Setting
 from autotune.tune.loop import Tuned
 
 _MAX_FALLBACKS = 5
+
+ARITHMETIC, VIRTUAL_RUN = "arithmetic", "virtual run"
+"""Where the memory of an estimate comes from."""
 
 
 def tuning_figures(workload: Workload, tuned: Tuned, best: Rung) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def estimate_document(
     entry = plan.entry(0)
     cluster = workload.question.cluster
     return entry | {
-        "source": "arithmetic" if virtual is None else "virtual run",
+        "source": ARITHMETIC if virtual is None else VIRTUAL_RUN,
         "ds_config": ds_config(workload.job, setting, workload.profile, cluster),
     }
 
@@ -100,17 +109,91 @@ def measured_memory(virtual: VirtualRun, cluster: Cluster) -> MemoryEstimate:
     )
 
 
-def plan_document(workload: Workload, *, everything: bool = False) -> dict[str, Any]:
-    """Return plan.json."""
-    profile, plan = workload.profile, workload.plan
+def plan_document(
+    workload: Workload,
+    *,
+    everything: bool = False,
+    prices: Prices = NO_PRICES,
+    exactly: Mapping[int, VirtualRun] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Return plan.json; the memory of rows that ran virtually is what was seen there."""
+    cluster = workload.question.cluster
+    longest = int(workload.lengths.max())
+    plan = with_exact_memory(workload.plan, exactly, cluster)
+    exact = {plan.space.setting(row).key() for row in exactly}
+    settings = plan.listed(everything=everything)
+    for entry in settings:
+        by_virtual_run = Setting.from_json(entry["setting"]).key() in exact
+        entry["source"] = VIRTUAL_RUN if by_virtual_run else ARITHMETIC
+        entry.update(training_figures(workload, entry, prices))
     return {
         "schema": 1,
-        "model": {
-            "name": workload.job.model,
-            **{k: v for k, v in asdict(profile).items() if k != "traces"},
-        },
-        "cluster": asdict(workload.question.cluster),
+        "model": _model(workload),
+        "cluster": asdict(cluster),
         "job": asdict(workload.job),
-        "settings": plan.listed(everything=everything),
+        "rows": {
+            "longest": longest,
+            "mean": float(workload.lengths.mean()),
+            "count": workload.rows,
+        },
+        "settings": settings,
         "counts": {"kept": int(plan.kept.sum()), "rejected_by_rule": plan.rejected_by_rule()},
+        "near_misses": near_misses(plan, workload.profile, workload.job, cluster, longest),
     }
+
+
+def with_exact_memory(plan: Plan, exactly: Mapping[int, VirtualRun], cluster: Cluster) -> Plan:
+    """Return the plan with the memory of virtual runs in their rows."""
+    columns = {field.name: getattr(plan.memory, field.name).copy() for field in fields(plan.memory)}
+    for row, run in exactly.items():
+        seen = measured_memory(run, cluster)
+        for name, column in columns.items():
+            column[row] = getattr(seen, name)[0]
+    return replace(plan, memory=MemoryEstimate(**columns))
+
+
+def _model(workload: Workload) -> dict[str, Any]:
+    figures = asdict(workload.profile)
+    figures.pop("traces")
+    return {"name": workload.job.model, **figures}
+
+
+def training_figures(workload: Workload, entry: dict[str, Any], prices: Prices) -> dict[str, Any]:
+    """Return steps, hours and cost of the whole training, as far as they are known."""
+    steps = total_steps(workload)
+    if steps is None:
+        return {}
+    cluster = workload.question.cluster
+    hours = steps * entry["step_time_s"] / 3600
+    figures = {"training_steps": steps, "training_hours": hours}
+    price = prices.of(cluster.device_name)
+    if price is not None:
+        figures["training_cost"] = hours * cluster.num_devices * price
+    return figures
+
+
+def matrix_document(
+    cells: Sequence[tuple[NamedHardware, Workload | UsageError]], prices: Prices
+) -> dict[str, Any]:
+    """Return what `plan --matrix` answers: the best setting of each hardware, or what it lacks."""
+    looked_into = [found for _, found in cells if isinstance(found, Workload)]
+    return {
+        "schema": 1,
+        "model": _model(looked_into[0]) if looked_into else None,
+        "job": asdict(looked_into[0].job) if looked_into else None,
+        "cells": [_cell(named, found, prices) for named, found in cells],
+    }
+
+
+def _cell(named: NamedHardware, found: Workload | UsageError, prices: Prices) -> dict[str, Any]:
+    place = {"gpu": named.gpus[0].gpu.name, "count": named.num_devices, "nodes": len(named.gpus)}
+    if isinstance(found, UsageError):
+        return place | {"best": None, "shortfall": None, "refused": str(found)}
+    plan = found.plan
+    best = plan.best()
+    if best is not None:
+        entry = plan.entry(best)
+        answer = {"best": entry | training_figures(found, entry, prices), "shortfall": None}
+    else:
+        answer = {"best": None, "shortfall": plan.shortfall()}
+    return place | {"precision": found.job.precision, **answer, "refused": None}

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from autotune.detect import detect
 from autotune.devices import NodeGpus, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
-from autotune.errors import UsageError
+from autotune.errors import UsageError, VirtualRunUnavailableError
 from autotune.hardware import Cluster, Rates
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+EXACT_SETTINGS = 3
+"""How many settings of a plan are run virtually: a run of a large model takes a minute."""
+
 ATTENTION = "sdpa"
 _BF16_CAPABILITY = (8, 0)
 
@@ -47,6 +50,10 @@ class NamedHardware:
 
     gpus: tuple[NodeGpus, ...]
     nodes: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return sum(node.count for node in self.gpus) * self.nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +71,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """The question looked into: model and data in figures, every setting estimated."""
+    """The question looked into: model and data in figures, every setting estimated.
+
+    `rows` is how many sequences an epoch has; None where neither a dataset nor a number was named.
+    """
 
     question: Question
     job: Job
@@ -72,6 +82,7 @@ class Workload:
     rates: Rates
     dataset: DatasetProfile | None
     lengths: Ints
+    rows: int | None
     plan: Plan
 
 
@@ -119,24 +130,76 @@ def start_processes(question: Question) -> None:
     processes.start_server(rank_environment(kind, cluster.visible_devices))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImaginedRows:
+    """What is trained on where no dataset is named: so many rows, all as long.
+
+    Attributes:
+        seq_length: tokens of a row; None is as many as a row may have.
+        rows: of an epoch; None leaves the length of the training open.
+    """
+
+    seq_length: int | None = None
+    rows: int | None = None
+
+
 def look_into(
     question: Question,
     *,
     dataset_dir: Path,
     logs: Path,
-    seq_length: int | None = None,
+    imagined: ImaginedRows = ImaginedRows(),
     attention: str = "auto",
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
 
-    Without a dataset every row is `seq_length` tokens long.
+    Raises:
+        UsageError: rows are asked for that are longer than the model takes.
     """
-    options, cluster, source = question.options, question.cluster, question.source
-    precision = choose_precision(options["precision"], cluster)
+    job, profile = _look_at_model(question, attention, logs)
+    data = _look_at_data(question, job, profile, dataset_dir, imagined)
+    return _workload(question, job, profile, data, logs)
+
+
+def compare(
+    question: Question,
+    hardware: Sequence[NamedHardware],
+    *,
+    dataset_dir: Path,
+    logs: Path,
+    imagined: ImaginedRows,
+) -> "list[Workload | UsageError]":
+    """Look into the same question for each hardware; a refusal is that of a global batch.
+
+    The data is read once, the model traced once for each precision.
+
+    Raises:
+        UsageError: rows are asked for that are longer than the model takes.
+    """
+    models: dict[str, tuple[Job, ModelProfile]] = {}
+    data: _Data | None = None
+    found: list[Workload | UsageError] = []
+    for named in hardware:
+        cluster = named_cluster(named.gpus, named.nodes, question.options["device_memory"])
+        one = replace(question, named=named, cluster=cluster)
+        precision = choose_precision(question.options["precision"], cluster)
+        if precision not in models:
+            models[precision] = _look_at_model(one, "auto", logs)
+        job, profile = models[precision]
+        data = data or _look_at_data(one, job, profile, dataset_dir, imagined)
+        try:
+            found.append(_workload(one, job, profile, data, logs))
+        except UsageError as refusal:
+            found.append(refusal)
+    return found
+
+
+def _look_at_model(question: Question, attention: str, logs: Path) -> tuple[Job, ModelProfile]:
+    options, source = question.options, question.source
+    precision = choose_precision(options["precision"], question.cluster)
     trust = options["trust_remote_code"]
     profile = _profile(source, precision, attention, logs, trust=trust)
-    limit = sequence_limit(options["max_seq_length"], profile)
-    job = _job(options, source, precision, limit)
+    limit = _within("--max-seq-length", options["max_seq_length"], profile.max_position_embeddings)
     _log.info(
         "model %s: %s, %s parameters, %s",
         source.name,
@@ -144,45 +207,72 @@ def look_into(
         format_count(profile.parameters),
         precision,
     )
-    dataset, lengths = None, np.array([min(seq_length or limit, limit)])
-    if question.dataset:
-        rules = Rules.from_options(options.values)
-        if rules.packing:
-            require_separation(
-                source.directory, profile.attention, trust_remote_code=job.trust_remote_code
-            )
-        dataset = prepare(
-            question.dataset,
-            model_dir=source.directory,
-            max_seq_length=limit,
-            output=dataset_dir,
-            trust_remote_code=job.trust_remote_code,
-            vocab_size=profile.vocab_size,
-            rules=rules,
-            cache=cache_dir() / "datasets",
+    return _job(options, source, precision, limit), profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    profile: DatasetProfile | None
+    lengths: Ints
+    rows: int | None
+
+
+def _look_at_data(
+    question: Question,
+    job: Job,
+    profile: ModelProfile,
+    dataset_dir: Path,
+    imagined: ImaginedRows,
+) -> _Data:
+    options, source, limit = question.options, question.source, job.max_seq_length
+    if not question.dataset:
+        asked = _within("--seq-length", imagined.seq_length, profile.max_position_embeddings)
+        return _Data(profile=None, lengths=np.array([min(asked, limit)]), rows=imagined.rows)
+    rules = Rules.from_options(options.values)
+    if rules.packing:
+        require_separation(
+            source.directory, profile.attention, trust_remote_code=job.trust_remote_code
         )
-        lengths = Rows.open(dataset_dir).lengths
-        _log.info(describe_dataset(dataset))
-        for warning in dataset.warnings:
-            _log.info("  %s", warning)
-    if question.named is None:
-        rates = _rates(cluster, precision, logs)
-    else:
-        rates = named_rates(question.named.gpus, question.named.nodes, precision)
+    dataset = prepare(
+        question.dataset,
+        model_dir=source.directory,
+        max_seq_length=limit,
+        output=dataset_dir,
+        trust_remote_code=job.trust_remote_code,
+        vocab_size=profile.vocab_size,
+        rules=rules,
+        cache=cache_dir() / "datasets",
+    )
+    lengths = Rows.open(dataset_dir).lengths
+    _log.info(describe_dataset(dataset))
+    for warning in dataset.warnings:
+        _log.info("  %s", warning)
+    return _Data(profile=dataset, lengths=lengths, rows=len(lengths))
+
+
+def _workload(
+    question: Question, job: Job, profile: ModelProfile, data: _Data, logs: Path
+) -> Workload:
+    cluster, named = question.cluster, question.named
     space = enumerate_space(
         cluster,
         job.global_batch_size,
         attention=profile.attention,
         checkpointing_modes=tuple(mode for mode, _ in profile.traces),
     )
+    if named is None:
+        rates = _rates(cluster, job.precision, logs)
+    else:
+        rates = named_rates(named.gpus, named.nodes, job.precision)
     return Workload(
         question=question,
         job=job,
         profile=profile,
         rates=rates,
-        dataset=dataset,
-        lengths=lengths,
-        plan=make_plan(space, profile, job, cluster, rates, lengths),
+        dataset=data.profile,
+        lengths=data.lengths,
+        rows=data.rows,
+        plan=make_plan(space, profile, job, cluster, rates, data.lengths),
     )
 
 
@@ -212,21 +302,14 @@ def choose_precision(asked: str, cluster: Cluster) -> Any:  # noqa: ANN401 - a P
     return "bf16" if capable else "fp16"
 
 
-def sequence_limit(asked: int | None, profile: ModelProfile) -> int:
-    """Return the tokens a row may have.
+def _within(flag: str, asked: int | None, limit: int) -> int:
+    """Return the tokens that a row may have.
 
     Raises:
         UsageError: more than the model has positions for.
     """
-    return _within(asked, profile.max_position_embeddings)
-
-
-def _within(asked: int | None, limit: int) -> int:
     if asked is not None and asked > limit:
-        msg = (
-            f"--max-seq-length {asked} is beyond the {limit} positions of the model: "
-            f"use {limit} or less"
-        )
+        msg = f"{flag} {asked} is beyond the {limit} positions of the model: use {limit} or less"
         raise UsageError(msg)
     return asked or limit
 
@@ -333,12 +416,33 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
     return cached(path, lambda: asdict(virtual_run(request, log)), lambda it: VirtualRun(**it))
 
 
-def total_steps(workload: Workload) -> int:
-    """Return the optimizer steps of the training; an epoch's last batch may be incomplete."""
+def run_best_virtually(workload: Workload, logs: Path) -> dict[int, VirtualRun]:
+    """Run the best settings of the plan virtually, and return what was seen by their rows.
+
+    Those that cannot be run so are left out, and the log says why.
+    """
+    plan, seen = workload.plan, {}
+    for row in plan.ranking()[:EXACT_SETTINGS].tolist():
+        setting = plan.space.setting(row)
+        _log.info("virtual run of %s", setting.label())
+        try:
+            seen[row] = run_virtually(workload, setting, logs / f"virtual-{row}.log")
+        except VirtualRunUnavailableError as error:
+            _log.warning("answered by arithmetic, as %s", error)
+    return seen
+
+
+def total_steps(workload: Workload) -> int | None:
+    """Return the optimizer steps of the training; an epoch's last batch may be incomplete.
+
+    None if it was not said how many rows there are.
+    """
     job = workload.job
     if job.max_steps is not None:
         return job.max_steps
-    an_epoch = -(-len(workload.lengths) // job.global_batch_size)
+    if workload.rows is None:
+        return None
+    an_epoch = -(-workload.rows // job.global_batch_size)
     return max(1, round(job.epochs * an_epoch))
 
 
@@ -364,7 +468,7 @@ def inspect_data(
 
     source = find_model(options["model"])
     positions, vocabulary = source.limits()
-    limit = _within(options["max_seq_length"], positions)
+    limit = _within("--max-seq-length", options["max_seq_length"], positions)
     sources = [Source.parse(text) for text in options["dataset"]]
     rules = Rules.from_options(options.values)
     if rules.packing:

@@ -181,6 +181,8 @@ class Run:
         from autotune.profile.child import build_ops
 
         plan, cluster = workload.plan, self.question.cluster
+        steps = total_steps(workload)
+        assert steps is not None, "a run has a dataset"
         require_any_kept(plan)
         _log.info("building DeepSpeed's ops (once an environment)")
         build_ops(_ops(workload), self.dir.logs / "ops.log")
@@ -191,7 +193,7 @@ class Run:
             lengths_of_rows=workload.lengths,
             dataset_dir=self.dir.dataset,
             scratch_dir=self.dir.logs,
-            total_steps=total_steps(workload),
+            total_steps=steps,
         )
         tuner = Tuner(
             plan,

@@ -108,6 +108,27 @@ class Plan:
             )
         return Rejection(rule=rule, detail=detail)
 
+    def best(self) -> int | None:
+        """Return the fastest row that fits by the estimate; None if none does."""
+        speed = np.where(self.fits, self.tokens_per_s, 0.0)
+        best = int(speed.argmax())
+        return best if self.fits[best] else None
+
+    def shortfall(self) -> dict[str, Any]:
+        """Return the setting that is nearest to fitting, and the bytes it lacks, where none does.
+
+        Bytes are those of a device and of a host.
+        """
+        device = np.maximum(self.memory.device_bytes - self.budget_bytes, 0)
+        host = np.maximum(self.memory.host_bytes * self.space.ranks - self.host_budget_bytes, 0)
+        nearest = int((device / self.budget_bytes + host / self.host_budget_bytes).argmin())
+        return {
+            "setting": self.space.setting(nearest).to_json(),
+            "device_bytes": round(float(device[nearest])),
+            "host_bytes": round(float(host[nearest])),
+            "may_fit": bool(self.kept[nearest]),
+        }
+
     def entry(self, row: int) -> dict[str, Any]:
         """Return a setting with its estimate in the form of the contract."""
         return self.entries(np.array([row]))[0]
@@ -152,6 +173,11 @@ class Plan:
         return self.space.row_of(setting)
 
 
+def host_budget_bytes(cluster: Cluster) -> int:
+    """Return the host memory that all ranks of a host may take together."""
+    return cluster.host.available_bytes if cluster.host else _UNKNOWN_HOST_BYTES
+
+
 def make_plan(
     space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates, lengths: Ints
 ) -> Plan:
@@ -164,7 +190,7 @@ def make_plan(
         samples_per_s=steps.samples_per_s,
         tokens_per_s=steps.tokens_per_s,
         budget_bytes=cluster.device_memory_bytes,
-        host_budget_bytes=cluster.host.available_bytes if cluster.host else _UNKNOWN_HOST_BYTES,
+        host_budget_bytes=host_budget_bytes(cluster),
     )
 
 

@@ -56,7 +56,11 @@ OPTIONS = {
     "run": JOB_OPTIONS | {"--dry-run"},
     "tune": JOB_OPTIONS | {"--dry-run"},
     "train": {"run_dir", "--dry-run", "--json"},
-    "plan": JOB_OPTIONS | {"--seq-length", "--all", "--gpus", "--nodes"},
+    "plan": JOB_OPTIONS
+    | {
+        *("--seq-length", "--rows", "--all", "--exact", "--gpus", "--nodes"),
+        *("--matrix", "--counts", "--price-per-gpu-hour"),
+    },
     "estimate": JOB_OPTIONS
     | {
         *("--micro-batch-size", "--zero-stage", "--offload-optimizer", "--offload-param"),

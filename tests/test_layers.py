@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "autotune"
 LAYERS = (
     ("errors", "units"),
     ("hardware", "workload", "setting", "outcome"),
-    ("space", "memory", "throughput", "plan", "emit", "config", "devices"),
+    ("space", "memory", "throughput", "plan", "remedy", "emit", "config", "devices", "prices"),
     ("rundir", "environment", "processes", "session", "model_source", "builtin"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
     ("intake", "documents"),
@@ -26,6 +26,8 @@ BESIDE = {
     "outcome": {"setting"},
     "memory": {"space", "throughput"},
     "plan": {"memory", "space", "throughput"},
+    "remedy": {"devices", "memory", "plan", "space", "throughput"},
+    "prices": {"devices"},
     "model_source": {"builtin"},
     "processes": {"session"},
     "engine": {"dataset"},

@@ -14,6 +14,7 @@ from autotune.cli.options import (
     named_hardware,
     nodes,
     resolve_options,
+    seq_length,
     shared,
 )
 from autotune.cli.summary import estimate_text
@@ -64,12 +65,7 @@ if TYPE_CHECKING:
     default="sdpa",
     help="Attention implementation that the model has [sdpa].",
 )
-@click.option(
-    "--seq-length",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Tokens of every row, where no dataset is named [the limit].",
-)
+@seq_length
 @click.option(
     "--exact",
     is_flag=True,
@@ -157,7 +153,7 @@ def _estimate(
             question,
             dataset_dir=Path(scratch) / "dataset",
             logs=Path(scratch),
-            seq_length=seq_length,
+            imagined=intake.ImaginedRows(seq_length=seq_length),
             attention=setting.structure.attention,
         )
         virtual = None

@@ -46,6 +46,14 @@ nodes = click.option(
 )
 
 
+seq_length = click.option(
+    "--seq-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of every row, where no dataset is named [the limit].",
+)
+
+
 def named_hardware(gpus: Sequence[str], nodes: int) -> "NamedHardware | None":
     """Read --gpus and --nodes.
 

@@ -47,7 +47,7 @@ def execute(
         click.echo(f"{run.dir.root} is finished; this is its result", err=True)
         result = done
     elif dry_run:
-        show_plan(question, as_json=as_json, everything=False, seq_length=None)
+        show_plan(question, as_json=as_json)
         return
     else:
         for note in question.cluster.notes:

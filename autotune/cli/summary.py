@@ -1,5 +1,6 @@
 """What results look like on a terminal."""
 
+from collections.abc import Callable
 from typing import Any
 
 from autotune.cli.options import table
@@ -7,46 +8,131 @@ from autotune.setting import Setting
 from autotune.units import format_bytes, format_count, format_duration
 
 _SHOWN = 12
+_BAR_CELLS = 10
 
 
 def plan_text(document: dict[str, Any]) -> str:
     """Lay out plan.json: the best settings, and the nearest of those that do not fit."""
-    model, cluster = document["model"], document["cluster"]
+    cluster = document["cluster"]
     kept = [entry for entry in document["settings"] if entry["rejected_by"] is None]
-    rejected = [entry for entry in document["settings"] if entry["rejected_by"] is not None]
     head = (
-        f"{model['name']}: {format_count(model['parameters'])} parameters, "
-        f"{document['job']['precision']}, on {cluster['num_devices']} x {cluster['device_name']}, "
+        f"{_model_and_job(document)}, on {cluster['num_devices']} x {cluster['device_name']}, "
         f"{format_bytes(cluster['device_memory_bytes'])} each"
     )
     counts = document["counts"]
     parts = [head, f"{counts['kept']} settings may fit; estimates, best first:"]
     parts.append(_plan_table(kept[:_SHOWN]))
-    for rule, count in counts["rejected_by_rule"].items():
-        parts.append(f"{count} settings rejected by {rule}; nearest: {_nearest(rejected)}")
+    if len(kept) > _SHOWN:
+        parts.append(f"and {len(kept) - _SHOWN} more, see --json")
+    for miss in document["near_misses"]:
+        rule = miss["rejected_by"]["rule"]
+        parts.append(
+            f"{counts['rejected_by_rule'][rule]} settings rejected by {rule}; nearest: "
+            f"{Setting.from_json(miss['setting']).label()}: {miss['rejected_by']['detail']}"
+        )
+        parts.append(f"  it would fit with {_remedies(miss['remedies'])}")
     return "\n".join(parts)
 
 
+def _model_and_job(document: dict[str, Any]) -> str:
+    model = document["model"]
+    count = format_count(model["parameters"])
+    return f"{model['name']}: {count} parameters, {document['job']['precision']}"
+
+
 def _plan_table(entries: list[dict[str, Any]]) -> str:
-    columns = ("ZeRO", "micro-batch", "accumulation", "checkpointing", "offload", "memory", "tok/s")
+    columns = ["ZeRO", "micro-batch", "accumulation", "checkpointing", "offload"]
+    columns += ["memory", "of the device", "tok/s"]
+    more = [name for name in _TRAINING if entries and name in entries[0]]
+    columns += [_TRAINING[name] for name in more]
     rows = [
-        (
+        [
             str(entry["setting"]["zero_stage"]),
             str(entry["setting"]["micro_batch_size"]),
             str(entry["setting"]["gradient_accumulation_steps"]),
             entry["setting"]["checkpointing"],
             entry["setting"]["offload_optimizer"],
-            format_bytes(entry["memory"]["device_bytes"]),
+            format_bytes(entry["memory"]["device_bytes"])
+            + (" exact" if entry["source"] == "virtual run" else ""),
+            bar(entry["memory"]["device_bytes"] / entry["budget_bytes"]),
             f"{entry['tokens_per_s']:.0f}",
-        )
+            *(_TRAINING_FORMATS[name](entry[name]) for name in more),
+        ]
         for entry in entries
     ]
     return table(columns, rows)
 
 
-def _nearest(rejected: list[dict[str, Any]]) -> str:
-    nearest = rejected[0]
-    return f"{Setting.from_json(nearest['setting']).label()}: {nearest['rejected_by']['detail']}"
+_TRAINING = {"training_hours": "training", "training_cost": "cost"}
+_TRAINING_FORMATS: dict[str, Callable[[float], str]] = {
+    "training_hours": lambda hours: format_duration(3600 * hours),
+    "training_cost": "{:.2f}".format,
+}
+
+
+def bar(share: float) -> str:
+    """Draw a share of a device: `[#######---]  68 %`; what is over it fills the bar."""
+    filled = min(_BAR_CELLS, round(share * _BAR_CELLS))
+    return f"[{'#' * filled}{'-' * (_BAR_CELLS - filled)}] {share:4.0%}".replace("%", " %")
+
+
+def _remedies(remedies: list[dict[str, Any]]) -> str:
+    if not remedies:
+        return "no single change of micro-batch, checkpointing, offload, stage, length or devices"
+    return "; or ".join(map(_remedy, remedies))
+
+
+def _remedy(remedy: dict[str, Any]) -> str:
+    value, needs = remedy["value"], format_bytes(remedy["device_bytes"])
+    words = {
+        "micro_batch_size": f"micro-batch {value}",
+        "checkpointing": f"checkpointing {value}",
+        "offload_optimizer": f"the optimizer on the {value}",
+        "offload_param": f"the parameters on the {value}",
+        "zero_stage": f"ZeRO {value}",
+        "seq_length": f"rows of at most {value} tokens",
+        "devices": f"{value} devices",
+        "device": f"devices like {value}",
+    }
+    batch = remedy["global_batch_size"]
+    also = f" and a global batch of {batch}" if batch else ""
+    return f"{words[remedy['change']]}{also} ({needs})"
+
+
+def matrix_text(document: dict[str, Any]) -> str:
+    """Lay out a matrix: a line of cells a kind of device, a column a number of them."""
+    cells = document["cells"]
+    counts = list(dict.fromkeys(cell["count"] for cell in cells))
+    rows: list[list[str]] = []
+    for gpu in dict.fromkeys(cell["gpu"] for cell in cells):
+        of_kind = [_cell_lines(cell) for cell in cells if cell["gpu"] == gpu]
+        height = max(map(len, of_kind))
+        for line in range(height):
+            name = gpu if line == 0 else ""
+            rows.append([name, *(one[line] if line < len(one) else "" for one in of_kind)])
+    head = [_model_and_job(document)] if document["model"] else []
+    return "\n".join([*head, table(["devices", *map(str, counts)], rows)])
+
+
+def _cell_lines(cell: dict[str, Any]) -> list[str]:
+    if cell["refused"]:
+        return ["global batch", "cannot be split"]
+    if cell["best"] is None:
+        short = cell["shortfall"]
+        lacks = short["device_bytes"] or short["host_bytes"]
+        where = "a device" if short["device_bytes"] else "of the host"
+        return [f"lacks {format_bytes(lacks)}", f"{where}{', may fit' * short['may_fit']}"]
+    best = cell["best"]
+    setting = best["setting"]
+    offload = ", offload" if setting["offload_optimizer"] != "none" else ""
+    kept = ", ckpt" if setting["checkpointing"] != "none" else ""
+    share = best["memory"]["device_bytes"] / best["budget_bytes"]
+    lines = [
+        f"ZeRO {setting['zero_stage']} x {setting['micro_batch_size']}{kept}{offload}",
+        f"{format_count(best['tokens_per_s'])} tok/s, {share:.0%} full",
+    ]
+    training = [_TRAINING_FORMATS[name](best[name]) for name in _TRAINING if name in best]
+    return [*lines, " for ".join(training)] if training else lines
 
 
 def estimate_text(entry: dict[str, Any]) -> str:
