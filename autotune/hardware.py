@@ -1,7 +1,8 @@
 """What a job runs on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -68,3 +69,69 @@ class Rates:
     host_link_bytes_per_s: float
     host_memory_bytes_per_s: float
     operator_overhead_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What ranks of this machine were measured to do while all of them were busy; the slowest.
+
+    Attributes:
+        matmul_flops_per_s: by precision.
+        memory_bytes_per_s: of the device's memory, bytes read and bytes written.
+        all_reduce_bytes_per_s: what a rank sends in an all-reduce by a ring; None for one rank.
+        host_link_bytes_per_s: from device to host.
+        host_memory_bytes_per_s: as `memory_bytes_per_s`, of the host.
+        operator_overhead_s: time that a small operator takes.
+    """
+
+    ranks: int
+    matmul_flops_per_s: tuple[tuple[str, float], ...]
+    memory_bytes_per_s: float
+    all_reduce_bytes_per_s: float | None
+    host_link_bytes_per_s: float
+    host_memory_bytes_per_s: float
+    operator_overhead_s: float
+
+    @classmethod
+    def slowest(cls, ranks: Sequence["Bench"]) -> "Bench":
+        """Return what all ranks can do: each waits for the slowest."""
+        by_precision = [dict(one.matmul_flops_per_s) for one in ranks]
+        common = [name for name in by_precision[0] if all(name in one for one in by_precision)]
+        exchanged = [one.all_reduce_bytes_per_s for one in ranks]
+        return cls(
+            ranks=len(ranks),
+            matmul_flops_per_s=tuple(
+                (name, min(one[name] for one in by_precision)) for name in common
+            ),
+            memory_bytes_per_s=min(one.memory_bytes_per_s for one in ranks),
+            all_reduce_bytes_per_s=min((rate for rate in exchanged if rate), default=None),
+            host_link_bytes_per_s=min(one.host_link_bytes_per_s for one in ranks),
+            host_memory_bytes_per_s=min(one.host_memory_bytes_per_s for one in ranks),
+            operator_overhead_s=max(one.operator_overhead_s for one in ranks),
+        )
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Bench":
+        """Read what `asdict` and JSON made of it.
+
+        Raises:
+            TypeError: a field is missing, unknown or not what it should be.
+            ValueError: so too.
+        """
+        matmul = tuple((str(name), float(rate)) for name, rate in fields["matmul_flops_per_s"])
+        return cls(**{**fields, "matmul_flops_per_s": matmul})
+
+    def rates(self, precision: str) -> Rates | None:
+        """Return the rates of a rank that computes in this precision; None if it cannot."""
+        matmul = dict(self.matmul_flops_per_s).get(precision)
+        if matmul is None:
+            return None
+        return Rates(
+            matmul_flops_per_s=matmul,
+            memory_bytes_per_s=self.memory_bytes_per_s,
+            # One rank talks to nobody, so that any figure does.
+            link_bytes_per_s=self.all_reduce_bytes_per_s or self.memory_bytes_per_s / 2,
+            host_link_bytes_per_s=self.host_link_bytes_per_s,
+            host_memory_bytes_per_s=self.host_memory_bytes_per_s,
+            operator_overhead_s=self.operator_overhead_s,
+        )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,19 +17,19 @@ from autotune.dataset import Rows, Rules, Source, content_hash, prepare
 from autotune.dataset.packing import require_separation
 from autotune.dataset.rows import REPORTED
 from autotune.detect import detect
-from autotune.devices import NodeGpus, named_cluster, named_rates
+from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import UsageError, VirtualRunUnavailableError
-from autotune.hardware import Cluster, Rates
+from autotune.hardware import Bench, Cluster, Rates
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
-from autotune.rundir import cached
+from autotune.rundir import cached, read_json, write_json, writing
 from autotune.setting import Setting
 from autotune.space import Space, enumerate_space, micro_batch_sizes
 from autotune.throughput import Ints
-from autotune.units import format_count
+from autotune.units import MIB, format_count
 from autotune.workload import DatasetProfile, Job, ModelProfile
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ _log = logging.getLogger(__name__)
 
 EXACT_SETTINGS = 3
 """How many settings of a plan are run virtually: a run of a large model takes a minute."""
+
+_MEMORY_STEP = 256 * MIB
 
 ATTENTION = "sdpa"
 _BF16_CAPABILITY = (8, 0)
@@ -263,7 +266,7 @@ def _workload(
     if named is None:
         rates = _rates(cluster, job.precision, logs)
     else:
-        rates = named_rates(named.gpus, named.nodes, job.precision)
+        rates = _named_rates(named, job.precision)
     return Workload(
         question=question,
         job=job,
@@ -368,10 +371,76 @@ def _profile(
 def _rates(cluster: Cluster, precision: str, logs: Path) -> Rates:
     from autotune.profile.child import measured_rates, rates_from_json
 
+    bench = read_bench(cluster)
+    if bench is not None and (rates := bench.rates(precision)) is not None:
+        return rates
     path = _cache_path("rates", cluster.identity(), precision, versions())
     threads, log = cluster.threads_per_rank, logs / "rates.log"
     return cached(
         path, lambda: measured_rates(cluster.kind, precision, threads, log), rates_from_json
+    )
+
+
+def bench(cluster: Cluster, *, anew: bool = False) -> Bench:
+    """Measure what the ranks of this machine do, or return what was measured before.
+
+    Raises:
+        SetupFaultError: torch cannot use the devices.
+    """
+    from autotune.profile.child import benched
+
+    known = None if anew else read_bench(cluster)
+    if known is not None:
+        return known
+    processes.start_server(rank_environment(cluster.kind, cluster.visible_devices))
+    with tempfile.TemporaryDirectory(prefix="autotune-bench-") as scratch:
+        measured = benched(
+            cluster.kind, cluster.threads_per_rank, cluster.num_devices, Path(scratch)
+        )
+    path = _bench_path(cluster)
+    with writing(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_json(path, {"device_name": cluster.device_name, "bench": measured})
+    return Bench.from_json(measured)
+
+
+def read_bench(cluster: Cluster) -> Bench | None:
+    """Return what `bench` measured on such a machine; None if it has not, or cannot be read."""
+    known = _read_bench(_bench_path(cluster))
+    return known[1] if known else None
+
+
+def _read_bench(path: Path) -> tuple[str, Bench] | None:
+    document = read_json(path)
+    try:
+        return str(document["device_name"]), Bench.from_json(document["bench"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _bench_path(cluster: Cluster) -> Path:
+    host = cluster.host
+    facts = host and (host.cpu_name, host.sockets, host.physical_cores, host.usable_cores)
+    return _cache_path("bench", cluster.identity(), facts, versions())
+
+
+def _named_rates(named: NamedHardware, precision: str) -> Rates:
+    """Return the rates of the table, or those of this machine's bench where it has such devices."""
+    rates = named_rates(named.gpus, named.nodes, precision)
+    names = {node.gpu.name for node in named.gpus}
+    benches = filter(None, map(_read_bench, sorted((cache_dir() / "bench").glob("*.json"))))
+    alike = [one for device, one in benches if {canonical_name(device)} == names]
+    if not alike:
+        return rates
+    same_count = [one for one in alike if one.ranks == named.num_devices]
+    measured = (same_count or alike)[0].rates(precision)
+    if measured is None or same_count:
+        return measured or rates
+    # What ranks exchange and how they share a host depends on how many they are.
+    return replace(
+        measured,
+        link_bytes_per_s=rates.link_bytes_per_s,
+        host_memory_bytes_per_s=rates.host_memory_bytes_per_s,
     )
 
 
@@ -402,17 +471,21 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
         VirtualRunUnavailableError: it cannot be run so here.
     """
     job, cluster = workload.job, workload.question.cluster
+    spec = train_spec(job, setting, cluster, dataset_dir="", output_dir="", model_output_dir="")
+    # What is free changes all the time, and matters only as far as the weights fit in twice.
+    steady = cluster.device_memory_bytes // _MEMORY_STEP * _MEMORY_STEP
     request = VirtualRequest(
-        spec=train_spec(job, setting, cluster, dataset_dir="", output_dir="", model_output_dir=""),
+        spec=replace(spec, device_memory_bytes=steady if cluster.has_separate_memory else 0),
         ds_config=ds_config(job, setting, workload.profile, cluster),
         ranks=cluster.num_devices,
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         seq_length=int(workload.lengths.max()),
     )
-    path = _cache_path(
-        "virtual", request, workload.question.source.content_hash(), versions(), __version__
-    )
+    # The model counts by its content, wherever it is.
+    facts = replace(request, spec=replace(request.spec, model_dir=""))
+    content = workload.question.source.content_hash()
+    path = _cache_path("virtual", facts, content, versions(), __version__)
     return cached(path, lambda: asdict(virtual_run(request, log)), lambda it: VirtualRun(**it))
 
 

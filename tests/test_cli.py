@@ -71,7 +71,7 @@ OPTIONS = {
         *("files", "--model", "--max-seq-length", "--trust-remote-code"),
         *("--show", "--config", "--json"),
     },
-    "detect": {"--devices", "--device-memory", "--json"},
+    "detect": {"--devices", "--device-memory", "--bench", "--no-cache", "--json"},
 }
 """Commands and options are used from scripts: what is in here stays."""
 

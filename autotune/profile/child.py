@@ -8,12 +8,13 @@ from typing import Any
 
 from autotune import processes
 from autotune.errors import ConfigError, SetupFaultError
-from autotune.hardware import Rates
+from autotune.hardware import Bench, Rates
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
 from autotune.workload import ModelProfile, Peak, Polynomial, Trace
 
 _TAIL_BYTES = 2000
+_POLL_S = 1.0
 
 
 def traced(request: TraceRequest, log: Path) -> dict[str, Any]:
@@ -38,6 +39,26 @@ def measured_rates(device_kind: str, precision: str, threads: int, log: Path) ->
     return _checked(_ask(_measure, device_kind, precision, threads, log=log), "measure the device")
 
 
+def benched(device_kind: str, threads: int, ranks: int, logs: Path) -> dict[str, Any]:
+    """Measure the ranks of the machine, each in a process of its own; returns the bench as JSON.
+
+    Raises:
+        SetupFaultError: torch cannot use the devices, or the ranks do not meet.
+    """
+    store = logs / "bench-store"
+    store.unlink(missing_ok=True)
+    answers = _ask_each(
+        _bench,
+        [(device_kind, threads, rank, ranks, str(store)) for rank in range(ranks)],
+        [logs / f"bench-{rank}.log" for rank in range(ranks)],
+    )
+    return asdict(
+        Bench.slowest(
+            [Bench.from_json(_checked(answer, "measure the devices")) for answer in answers]
+        )
+    )
+
+
 def build_ops(names: Sequence[str], log: Path) -> None:
     """Build DeepSpeed ops, named by their builders, once, in a process of its own.
 
@@ -57,17 +78,38 @@ def _checked(answer: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def _ask(function: Callable[..., None], *args: Any, log: Path) -> dict[str, Any]:  # noqa: ANN401
-    answer_path = log.with_suffix(".json")
-    answer_path.unlink(missing_ok=True)
-    process = processes.start(function, *args, str(answer_path), log=log)
+    return _ask_each(function, [args], [log])[0]
+
+
+def _ask_each(
+    function: Callable[..., None], calls: Sequence[tuple[Any, ...]], logs: Sequence[Path]
+) -> list[dict[str, Any]]:
+    """Call a function in a process a call, until all have answered or one ends without."""
+    paths = [log.with_suffix(".json") for log in logs]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    started = [
+        processes.start(function, *args, str(path), log=log)
+        for args, path, log in zip(calls, paths, logs, strict=True)
+    ]
     try:
-        process.join()
+        running = started
+        while running and all(one.exitcode in {None, 0} for one in started):
+            processes.wait_for_any(running, _POLL_S)
+            running = [one for one in running if one.exitcode is None]
     finally:
-        processes.end([process])
-    answer = read_json(answer_path)
+        processes.end(started)
+    return [
+        _read_answer(path, process.exitcode, log)
+        for path, process, log in zip(paths, started, logs, strict=True)
+    ]
+
+
+def _read_answer(path: Path, exit_code: int | None, log: Path) -> dict[str, Any]:
+    answer = read_json(path)
     if answer is None:
         tail = log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
-        return {"error": f"the process ended with exit code {process.exitcode}:\n{tail}"}
+        return {"error": f"the process ended with exit code {exit_code}:\n{tail}"}
     return dict(answer)
 
 
@@ -90,6 +132,12 @@ def _measure(device_kind: str, precision: str, threads: int, path: str) -> None:
     from autotune.profile.rates import measure_rates
 
     _answer(path, lambda: asdict(measure_rates(device_kind, precision, threads)))
+
+
+def _bench(device_kind: str, threads: int, rank: int, ranks: int, store: str, path: str) -> None:
+    from autotune.profile.rates import bench_rank
+
+    _answer(path, lambda: asdict(bench_rank(device_kind, threads, rank, ranks, store)))
 
 
 def _build_ops(names: Sequence[str], path: str) -> None:

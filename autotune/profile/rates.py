@@ -1,59 +1,156 @@
 """Measures what a rank of this machine does: an unknown device is measured, never guessed."""
 
+import logging
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 
 import torch
 
 from autotune.engine.model import DTYPES
-from autotune.hardware import Rates
+from autotune.hardware import Bench, Rates
+from autotune.workload import COMPUTE_BYTES
+
+_log = logging.getLogger(__name__)
 
 _MATMUL_SIZE = {"cpu": 512}
 _MATMUL_SIZE_ACCELERATOR = 8192
 _COPY_BYTES = {"cpu": 32 * 1024 * 1024}
 _COPY_BYTES_ACCELERATOR = 1024 * 1024 * 1024
 _SECONDS_EACH = 0.3
+_ALL_REDUCES = 9
+_MEETING_TIMEOUT = timedelta(seconds=60)
+
+
+class Meter:
+    """Times work on the device of this process.
+
+    Args:
+        device_kind: cpu or cuda.
+        threads: of a rank.
+        choose: makes one figure of the seconds that calls took.
+        together: called before each measurement, so that all ranks are busy at once.
+    """
+
+    def __init__(
+        self,
+        device_kind: str,
+        threads: int,
+        choose: Callable[[Sequence[float]], float] = min,
+        together: Callable[[], object] = lambda: None,
+    ) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        torch.set_num_threads(threads)
+        self._choose = choose
+        self._together = together
+        self._synchronize = get_accelerator().synchronize
+        self._device = "cpu" if device_kind == "cpu" else get_accelerator().current_device_name()
+        self._matmul_size = _MATMUL_SIZE.get(device_kind, _MATMUL_SIZE_ACCELERATOR)
+        num_bytes = _COPY_BYTES.get(device_kind, _COPY_BYTES_ACCELERATOR)
+        self._host = torch.ones(num_bytes, dtype=torch.uint8)
+
+    def matmul_flops_per_s(self, precision: str) -> float:
+        """Multiply square matrices."""
+        size = self._matmul_size
+        matrix = torch.randn(size, size, device=self._device).to(DTYPES[precision])
+        return 2 * size**3 / self._seconds(lambda: matrix @ matrix)
+
+    def memory_bytes_per_s(self) -> float:
+        """Copy within the device's memory; each byte is read and written."""
+        return self._copied(self._host.to(self._device))
+
+    def host_memory_bytes_per_s(self) -> float:
+        return self._copied(self._host)
+
+    def host_link_bytes_per_s(self) -> float:
+        """Copy from the device to the host."""
+        source, target = self._host.to(self._device), torch.empty_like(self._host)
+        return source.numel() / self._seconds(lambda: target.copy_(source))
+
+    def operator_overhead_s(self) -> float:
+        small = torch.ones(8, device=self._device)
+        return self._seconds(lambda: small + small)
+
+    def all_reduce_bytes_per_s(self, ranks: int) -> float:
+        """All-reduce over the ranks; counted are the bytes that a rank sends in a ring."""
+        gradients = self._host.to(self._device).view(torch.float32)
+        seconds = self._seconds(lambda: torch.distributed.all_reduce(gradients), calls=_ALL_REDUCES)
+        return 2 * (ranks - 1) / ranks * self._host.numel() / seconds
+
+    def _copied(self, source: torch.Tensor) -> float:
+        target = torch.empty_like(source)
+        return 2 * source.numel() / self._seconds(lambda: target.copy_(source))
+
+    def _seconds(self, work: Callable[[], object], *, calls: int | None = None) -> float:
+        """Return the seconds of one call, chosen from calls made for a while after a warm-up.
+
+        What ranks do together they do in so many `calls`, the same for each.
+        """
+        self._together()
+        self._timed(work)
+        taken: list[float] = []
+        deadline = time.perf_counter() + _SECONDS_EACH
+        while len(taken) < (calls or 1) or (calls is None and time.perf_counter() < deadline):
+            taken.append(self._timed(work))
+        return self._choose(taken)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        self._synchronize()
+        return time.perf_counter() - started
 
 
 def measure_rates(device_kind: str, precision: str, threads: int) -> Rates:
     """Measure matrix multiplication, copying, and the time that starting an operator takes."""
-    from deepspeed.accelerator import get_accelerator
-
-    torch.set_num_threads(threads)
-    accelerator = get_accelerator()
-    device = accelerator.current_device_name() if device_kind != "cpu" else "cpu"
-    size = _MATMUL_SIZE.get(device_kind, _MATMUL_SIZE_ACCELERATOR)
-    matrix = torch.randn(size, size, device=device, dtype=DTYPES[precision])
-    source = torch.ones(_COPY_BYTES.get(device_kind, _COPY_BYTES_ACCELERATOR), dtype=torch.uint8)
-    host_target = torch.empty_like(source)
-    on_device, target = source.to(device), torch.empty_like(source, device=device)
-    small = torch.ones(8, device=device)
-
-    def best_s(work: Callable[[], object]) -> float:
-        return _best_s(work, accelerator.synchronize)
-
-    copied = 2 * source.numel() / best_s(lambda: target.copy_(on_device))
-    host_copied = 2 * source.numel() / best_s(lambda: host_target.copy_(source))
+    meter = Meter(device_kind, threads)
+    copied = meter.memory_bytes_per_s()
     return Rates(
-        matmul_flops_per_s=2 * size**3 / best_s(lambda: matrix @ matrix),
+        matmul_flops_per_s=meter.matmul_flops_per_s(precision),
         memory_bytes_per_s=copied,
         # Ranks on one host exchange through its memory; each byte is written once and read once.
         link_bytes_per_s=copied / 2,
-        host_link_bytes_per_s=source.numel() / best_s(lambda: host_target.copy_(on_device)),
-        host_memory_bytes_per_s=host_copied,
-        operator_overhead_s=best_s(lambda: small + small),
+        host_link_bytes_per_s=meter.host_link_bytes_per_s(),
+        host_memory_bytes_per_s=meter.host_memory_bytes_per_s(),
+        operator_overhead_s=meter.operator_overhead_s(),
     )
 
 
-def _best_s(work: Callable[[], object], synchronize: Callable[[], object]) -> float:
-    """Return the seconds of one call: the best of calls made for a while after a warm-up."""
-    work()
-    synchronize()
-    best = float("inf")
-    deadline = time.perf_counter() + _SECONDS_EACH
-    while time.perf_counter() < deadline:
-        started = time.perf_counter()
-        work()
-        synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
+def bench_rank(device_kind: str, threads: int, rank: int, ranks: int, store: str) -> Bench:
+    """Measure this rank while all are busy, and what they exchange; they meet at the file `store`.
+
+    A precision that the device does not multiply matrices in is left out.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.distributed import FileStore  # type: ignore[attr-defined] # public, not in __all__
+
+    if device_kind != "cpu":
+        get_accelerator().set_device(rank)
+    torch.distributed.init_process_group(
+        get_accelerator().communication_backend_name(),
+        store=FileStore(store, ranks),
+        rank=rank,
+        world_size=ranks,
+        timeout=_MEETING_TIMEOUT,
+    )
+    meter = Meter(device_kind, threads, statistics.median, torch.distributed.barrier)
+    return Bench(
+        ranks=ranks,
+        matmul_flops_per_s=tuple(_by_precision(meter)),
+        memory_bytes_per_s=meter.memory_bytes_per_s(),
+        all_reduce_bytes_per_s=meter.all_reduce_bytes_per_s(ranks) if ranks > 1 else None,
+        host_link_bytes_per_s=meter.host_link_bytes_per_s(),
+        host_memory_bytes_per_s=meter.host_memory_bytes_per_s(),
+        operator_overhead_s=meter.operator_overhead_s(),
+    )
+
+
+def _by_precision(meter: Meter) -> Iterator[tuple[str, float]]:
+    for precision in COMPUTE_BYTES:
+        try:
+            yield precision, meter.matmul_flops_per_s(precision)
+        except RuntimeError:
+            # This is how torch says that the device has no such matrix multiplication.
+            _log.exception("no matrix multiplication in %s", precision)
