@@ -1,5 +1,6 @@
 """Where a model comes from: shipped with the package, a local directory, or a model hub."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -92,7 +93,11 @@ def find_model(model: str) -> ModelSource:
             from_scratch=True,
             recommended=builtin.RECOMMENDED.get(name, {}),
         )
-    directory = Path(model) if Path(model).is_dir() else _preset(model) or _from_hub(model)
+    directory = (
+        Path(model)
+        if Path(model).is_dir()
+        else _presets().get(model.casefold()) or _from_hub(model)
+    )
     _check_config(directory)
     has_weights = any(any(directory.glob(pattern)) for pattern in _WEIGHTS)
     if not has_weights and any(any(directory.glob(pattern)) for pattern in _UNSAFE_WEIGHTS):
@@ -106,14 +111,13 @@ def find_model(model: str) -> ModelSource:
     )
 
 
-def _preset(model: str) -> Path | None:
-    """Find a configuration that comes with the package, to plan with: configs/models."""
+def _presets() -> dict[str, Path]:
+    """Return the configurations that come with the package, to plan with, by name."""
     package = Path(str(files("autotune")))
     # An installed package carries them; a checkout has them beside it.
-    for presets in (package / "configs" / "models", package.parent / "configs" / "models"):
-        if (presets / model.casefold() / "config.json").is_file():
-            return presets / model.casefold()
-    return None
+    folders = (package / "configs" / "models", package.parent / "configs" / "models")
+    found = (path for folder in folders for path in sorted(folder.glob("*/config.json")))
+    return {path.parent.name: path.parent for path in found}
 
 
 def _check_config(directory: Path) -> None:
@@ -143,8 +147,10 @@ def _from_hub(model: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        nearest = difflib.get_close_matches(model.casefold(), _presets(), n=3, cutoff=0.0)
         msg = (
             f"no directory and no model of the hub that can be reached is called {model!r} "
-            f"({reason}): name a directory that holds config.json, tokenizer and weights"
+            f"({reason}): name a directory that holds config.json, tokenizer and weights, or for a "
+            f"plan a published model, the nearest being {', '.join(nearest)}"
         )
         raise InputMissingError(msg) from None

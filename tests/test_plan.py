@@ -22,7 +22,7 @@ from autotune.throughput import (
     predicted_update_s,
     synchronises_every_micro_step,
 )
-from autotune.units import GIB
+from autotune.units import GIB, format_bytes
 
 ENTRY = {
     "schema",
@@ -247,3 +247,40 @@ def test_a_global_batch_of_billions_is_planned_like_one_of_thousands() -> None:
         assert vast.tokens_per_s[same] / vast.samples_per_s[same] == pytest.approx(
             LENGTHS.mean(), rel=0.01
         )
+
+
+@given(budgets, budgets)
+def test_the_best_fits_and_without_one_the_shortfall_is_what_is_lacking(
+    budget: int, host: int
+) -> None:
+    plan = plan_with(budget, host)
+    best = plan.best()
+    if best is not None:
+        assert plan.fits[best]
+        assert plan.tokens_per_s[best] == plan.tokens_per_s[plan.fits].max()
+        return
+    short = plan.shortfall()
+    row = plan.row_of(Setting.from_json(short["setting"]))
+    assert row is not None
+    assert short["may_fit"] == plan.kept[row]
+    more = replace(
+        plan,
+        budget_bytes=budget + short["device_bytes"] + 1,
+        host_budget_bytes=host + short["host_bytes"] + 1,
+    )
+    assert more.fits[row]
+
+
+@given(budgets, budgets)
+def test_a_rejected_setting_names_its_rule_and_the_numbers(budget: int, host: int) -> None:
+    for entry in plan_with(budget, host).listed(everything=True):
+        if entry["rejected_by"] is None:
+            continue
+        needed = {
+            "device_memory": entry["memory"]["device_bytes"],
+            "host_memory": entry["memory"]["host_bytes"] * ESTIMATED.space.ranks,
+        }[entry["rejected_by"]["rule"]]
+        there = {"device_memory": budget, "host_memory": host}[entry["rejected_by"]["rule"]]
+        assert needed > there
+        assert format_bytes(needed) in entry["rejected_by"]["detail"]
+        assert format_bytes(there) in entry["rejected_by"]["detail"]

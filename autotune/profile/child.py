@@ -1,19 +1,24 @@
 """What needs torch before the first probe, asked of a process of its own."""
 
+import difflib
+import json
 import logging
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from autotune import processes
-from autotune.errors import ConfigError, SetupFaultError
+from autotune.errors import AutotuneError, ConfigError, SetupFaultError
 from autotune.hardware import Bench, Rates
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
 from autotune.workload import ModelProfile, Peak, Polynomial, Trace
 
 _TAIL_BYTES = 2000
+_ERROR_CHARACTERS = 500
 _POLL_S = 1.0
 
 
@@ -118,14 +123,42 @@ def _answer(path: str, make: Callable[[], dict[str, Any]]) -> None:
         answer = make()
     except Exception as error:
         logging.getLogger(__name__).exception("no answer")
-        answer = {"error": f"{type(error).__name__}: {error}"}
+        kind = "" if isinstance(error, AutotuneError) else f"{type(error).__name__}: "
+        # Libraries write paragraphs; the log has them whole.
+        answer = {"error": kind + textwrap.shorten(str(error), _ERROR_CHARACTERS)}
     write_json(Path(path), answer)
 
 
 def _trace(request: TraceRequest, path: str) -> None:
-    from autotune.profile.trace import trace_model
+    def trace() -> dict[str, Any]:
+        from autotune.profile.trace import trace_model
 
-    _answer(path, lambda: asdict(trace_model(request)))
+        _require_known(request)
+        return asdict(trace_model(request))
+
+    _answer(path, trace)
+
+
+def _require_known(request: TraceRequest) -> None:
+    """Refuse a type of model that transformers has no causal language model of.
+
+    Raises:
+        ConfigError: it has none, and the model brings no code of its own; the nearest is named.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = json.loads((Path(request.model_dir) / "config.json").read_text(encoding="utf-8"))
+    model_type = str(config["model_type"])
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in config:
+        return
+    nearest = difflib.get_close_matches(
+        model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3, cutoff=0.0
+    )
+    msg = (
+        f"transformers {version('transformers')} has no causal language model of type "
+        f"{model_type!r}; the nearest are {', '.join(nearest)}"
+    )
+    raise ConfigError(msg)
 
 
 def _measure(device_kind: str, precision: str, threads: int, path: str) -> None:
