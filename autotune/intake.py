@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,16 @@ from autotune.plan import Plan, make_plan
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached, read_json, write_json, writing
 from autotune.setting import Setting
-from autotune.space import Space, enumerate_space, micro_batch_sizes
+from autotune.space import (
+    CHECKPOINTING_MODES,
+    PARTIAL_CHECKPOINTING,
+    Space,
+    enumerate_space,
+    micro_batch_sizes,
+)
 from autotune.throughput import Ints
 from autotune.units import MIB, format_count
-from autotune.workload import DatasetProfile, Job, ModelProfile
+from autotune.workload import DatasetProfile, Job, Lora, ModelProfile
 
 if TYPE_CHECKING:
     from autotune.dataset.making import Example
@@ -96,6 +103,9 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         AutotuneError: one of them is not there or cannot be used.
     """
     source = find_model(options["model"])
+    if options["method"] == "full":
+        # What a model recommends is for training all of it.
+        options = options.recommended(source.recommended, source.name)
     dataset = tuple(Source.parse(text) for text in options["dataset"] or ())
     if named is None:
         cluster = detect(options["devices"], options["device_memory"])
@@ -153,15 +163,18 @@ def look_into(
     logs: Path,
     imagined: ImaginedRows = ImaginedRows(),
     attention: str = "auto",
+    checkpointing: tuple[str, ...] = CHECKPOINTING_MODES,
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
+
+    Of the checkpointing modes those are tried that the model has.
 
     Raises:
         UsageError: rows are asked for that are longer than the model takes.
     """
-    job, profile = _look_at_model(question, attention, logs)
-    data = _look_at_data(question, job, profile, dataset_dir, imagined)
-    return _workload(question, job, profile, data, logs)
+    model = _look_at_model(question, attention, checkpointing, logs)
+    data = _look_at_data(question, model, dataset_dir, imagined)
+    return _workload(question, model, data, logs)
 
 
 def compare(
@@ -179,7 +192,7 @@ def compare(
     Raises:
         UsageError: rows are asked for that are longer than the model takes.
     """
-    models: dict[str, tuple[Job, ModelProfile]] = {}
+    models: dict[str, _Model] = {}
     data: _Data | None = None
     found: list[Workload | UsageError] = []
     for named in hardware:
@@ -187,21 +200,31 @@ def compare(
         one = replace(question, named=named, cluster=cluster)
         precision = choose_precision(question.options["precision"], cluster)
         if precision not in models:
-            models[precision] = _look_at_model(one, "auto", logs)
-        job, profile = models[precision]
-        data = data or _look_at_data(one, job, profile, dataset_dir, imagined)
+            models[precision] = _look_at_model(one, "auto", CHECKPOINTING_MODES, logs)
+        data = data or _look_at_data(one, models[precision], dataset_dir, imagined)
         try:
-            found.append(_workload(one, job, profile, data, logs))
+            found.append(_workload(one, models[precision], data, logs))
         except UsageError as refusal:
             found.append(refusal)
     return found
 
 
-def _look_at_model(question: Question, attention: str, logs: Path) -> tuple[Job, ModelProfile]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """The model in figures, and how to have it traced with other checkpointing."""
+
+    job: Job
+    profile: ModelProfile
+    trace: Callable[..., ModelProfile]
+
+
+def _look_at_model(
+    question: Question, attention: str, checkpointing: tuple[str, ...], logs: Path
+) -> _Model:
     options, source = question.options, question.source
     precision = choose_precision(options["precision"], question.cluster)
-    trust = options["trust_remote_code"]
-    profile = _profile(source, precision, attention, logs, trust=trust)
+    trace = partial(_profile, options, source, precision, logs, attention=attention)
+    profile = trace(checkpointing=checkpointing)
     limit = _within("--max-seq-length", options["max_seq_length"], profile.max_position_embeddings)
     _log.info(
         "model %s: %s, %s parameters, %s",
@@ -210,7 +233,7 @@ def _look_at_model(question: Question, attention: str, logs: Path) -> tuple[Job,
         format_count(profile.parameters),
         precision,
     )
-    return _job(options, source, precision, limit), profile
+    return _Model(job=_job(options, source, precision, limit), profile=profile, trace=trace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,13 +244,10 @@ class _Data:
 
 
 def _look_at_data(
-    question: Question,
-    job: Job,
-    profile: ModelProfile,
-    dataset_dir: Path,
-    imagined: ImaginedRows,
+    question: Question, model: _Model, dataset_dir: Path, imagined: ImaginedRows
 ) -> _Data:
-    options, source, limit = question.options, question.source, job.max_seq_length
+    options, source = question.options, question.source
+    job, profile, limit = model.job, model.profile, model.job.max_seq_length
     if not question.dataset:
         asked = _within("--seq-length", imagined.seq_length, profile.max_position_embeddings)
         return _Data(profile=None, lengths=np.array([min(asked, limit)]), rows=imagined.rows)
@@ -253,20 +273,28 @@ def _look_at_data(
     return _Data(profile=dataset, lengths=lengths, rows=len(lengths))
 
 
-def _workload(
-    question: Question, job: Job, profile: ModelProfile, data: _Data, logs: Path
-) -> Workload:
+def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Workload:
     cluster, named = question.cluster, question.named
-    space = enumerate_space(
-        cluster,
-        job.global_batch_size,
-        attention=profile.attention,
-        checkpointing_modes=tuple(mode for mode, _ in profile.traces),
-    )
+    job, profile = model.job, model.profile
     if named is None:
         rates = _rates(cluster, job.precision, logs)
     else:
         rates = _named_rates(named, job.precision)
+
+    def planned(profile: ModelProfile) -> Plan:
+        space = enumerate_space(
+            cluster,
+            job.global_batch_size,
+            attention=profile.attention,
+            checkpointing_modes=tuple(mode for mode, _ in profile.traces),
+        )
+        return make_plan(space, profile, job, cluster, rates, data.lengths)
+
+    plan = planned(profile)
+    if plan.has_place_between():
+        between = model.trace(checkpointing=PARTIAL_CHECKPOINTING)
+        profile = replace(profile, traces=profile.traces + between.traces)
+        plan = planned(profile)
     return Workload(
         question=question,
         job=job,
@@ -275,7 +303,7 @@ def _workload(
         dataset=data.profile,
         lengths=data.lengths,
         rows=data.rows,
-        plan=make_plan(space, profile, job, cluster, rates, data.lengths),
+        plan=plan,
     )
 
 
@@ -318,21 +346,20 @@ def _within(flag: str, asked: int | None, limit: int) -> int:
 
 
 def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: int) -> Job:  # noqa: ANN401
-    learning_rate = options["learning_rate"]
-    if options.is_default("learning_rate"):
-        learning_rate = source.recommended.get("learning_rate", learning_rate)
     return Job(
         model=source.name,
         model_dir=str(source.directory),
         from_scratch=source.from_scratch,
         precision=precision,
         max_seq_length=max_seq_length,
-        learning_rate=learning_rate,
+        lora=lora_of(options),
         **{
             name: options[name]
             for name in (
                 "trust_remote_code",
                 "method",
+                "merge",
+                "learning_rate",
                 "global_batch_size",
                 "epochs",
                 "max_steps",
@@ -346,25 +373,42 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
     )
 
 
+def lora_of(options: Options) -> Lora | None:
+    """Return the adapters of method lora, None of another."""
+    if options["method"] != "lora":
+        return None
+    return Lora(
+        rank=options["lora_rank"],
+        alpha=options["lora_alpha"],
+        dropout=options["lora_dropout"],
+        targets=tuple(options["lora_targets"]),
+    )
+
+
 def _profile(
+    options: Options,
     source: ModelSource,
     precision: Any,  # noqa: ANN401 - a Precision
-    attention: str,
     logs: Path,
     *,
-    trust: bool,
+    attention: str,
+    checkpointing: tuple[str, ...],
 ) -> ModelProfile:
     from autotune.profile.child import profile_from_json, traced
     from autotune.profile.request import TraceRequest
 
     request = TraceRequest(
         model_dir=str(source.directory),
-        trust_remote_code=trust,
+        trust_remote_code=options["trust_remote_code"],
         attention=attention,
         precision=precision,
+        lora=lora_of(options),
+        checkpointing=checkpointing,
     )
     config = hashlib.blake2b((source.directory / "config.json").read_bytes()).hexdigest()
-    path = _cache_path("profiles", config, request.attention, precision, __version__, versions())
+    # Where the configuration lies does not matter to what it says.
+    asked = replace(request, model_dir="")
+    path = _cache_path("profiles", config, asked, __version__, versions())
     return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 
@@ -421,7 +465,7 @@ def _read_bench(path: Path) -> tuple[str, Bench] | None:
 def _bench_path(cluster: Cluster) -> Path:
     host = cluster.host
     facts = host and (host.cpu_name, host.sockets, host.physical_cores, host.usable_cores)
-    return _cache_path("bench", cluster.identity(), facts, versions())
+    return _cache_path("bench", cluster.identity(), facts, versions(), __version__)
 
 
 def _named_rates(named: NamedHardware, precision: str) -> Rates:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
 from autotune.memory import PARTS, MemoryEstimate, estimate_memory
+from autotune.prune import best_beside, has_place_between, outdone
 from autotune.setting import Setting
 from autotune.space import Space
 from autotune.throughput import (
@@ -66,7 +67,7 @@ class Plan:
 
     def may_fit(self, device_bytes: Floats) -> Bools:
         """Whether settings that need so much of a device may fit, the tolerance granted."""
-        return self._within(_GRANTED, device_bytes)
+        return self._within(_GRANTED, device_bytes) & ~self.outdone
 
     def _within(self, granted: float, device_bytes: Floats) -> Bools:
         host_bytes = self.memory.host_bytes * self.space.ranks
@@ -74,6 +75,20 @@ class Plan:
             host_bytes <= granted * self.host_budget_bytes
         )
         return within
+
+    @property
+    def surely_fits(self) -> Bools:
+        """Whether a setting fits even if the estimate is too low by the tolerance."""
+        return self._within(1 / _GRANTED, self.memory.device_bytes)
+
+    @property
+    def outdone(self) -> Bools:
+        """Whether a setting lies between two ways to checkpoint of which one is faster and fits."""
+        return outdone(self.space, self.surely_fits, self.tokens_per_s)
+
+    def has_place_between(self) -> bool:
+        """Tell whether checkpointing some of the layers may beat both none and all of them."""
+        return has_place_between(self.space, self.surely_fits, self.kept, self.tokens_per_s)
 
     def ranking(self) -> Ints:
         """Return the rows: kept ones first, the fastest first, then the rest by what they need."""
@@ -83,15 +98,25 @@ class Plan:
     def rule(self) -> NDArray[np.str_]:
         """Return the name of the rule that each setting falls to; empty for those that are kept."""
         too_large = self.memory.device_bytes > _GRANTED * self.budget_bytes
-        return np.select([self.kept, too_large], ["", "device_memory"], "host_memory")
+        return np.select(
+            [self.kept, too_large, self.outdone],
+            ["", "device_memory", "partial_checkpointing"],
+            "host_memory",
+        )
 
     def rejection(self, row: int) -> Rejection | None:
         """Return the rule that a setting falls to, with its numbers."""
-        rule = str(self.rule()[row])
-        return self._rejection(rule, self.memory.row(row)) if rule else None
+        rejected_by = self.entry(row)["rejected_by"]
+        return Rejection(**rejected_by) if rejected_by else None
 
-    def _rejection(self, rule: str, memory: dict[str, int]) -> Rejection:
-        if rule == "device_memory":
+    def _rejection(self, rule: str, row: int, memory: dict[str, int]) -> Rejection:
+        if rule == "partial_checkpointing":
+            best = best_beside(self.space, self.surely_fits, self.tokens_per_s)[row]
+            detail = (
+                f"{self.tokens_per_s[row]:.0f} tokens/s are estimated, and {best:.0f} with other "
+                "checkpointing that fits"
+            )
+        elif rule == "device_memory":
             largest = sorted(PARTS, key=lambda name: -memory[name])[:3]
             shares = ", ".join(
                 f"{name.removesuffix('_bytes')} {format_bytes(memory[name])}" for name in largest
@@ -146,7 +171,7 @@ class Plan:
                 "step_time_s": step_time_s,
                 "tokens_per_s": tokens_per_s,
                 "samples_per_s": samples_per_s,
-                "rejected_by": asdict(self._rejection(rule, memory)) if rule else None,
+                "rejected_by": asdict(self._rejection(rule, row, memory)) if rule else None,
             }
             for row, memory, fits, rule, step_time_s, tokens_per_s, samples_per_s in zip(
                 rows.tolist(),

@@ -15,6 +15,8 @@ from autotune.space import Space, micro_batch_sizes
 from autotune.throughput import Floats
 from autotune.workload import Job, ModelProfile
 
+MEMORY_RULES = frozenset({"device_memory", "host_memory"})
+
 _MOST_DEVICES = 2**16
 
 
@@ -39,10 +41,10 @@ class Remedy:
 def near_misses(
     plan: Plan, profile: ModelProfile, job: Job, cluster: Cluster, longest: int
 ) -> list[dict[str, Any]]:
-    """Return, for each rule, the rejected setting that is nearest to fitting, and its remedies."""
+    """Return for each kind of memory the rejected setting nearest to fitting, and its remedies."""
     rules, ranking = plan.rule(), plan.ranking()
     misses = []
-    for rule in plan.rejected_by_rule():
+    for rule in sorted(MEMORY_RULES & plan.rejected_by_rule().keys()):
         row = int(ranking[rules[ranking] == rule][0])
         remedies = _Search(profile, job, cluster, longest).remedies(plan.space.setting(row))
         misses.append(plan.entry(row) | {"remedies": [asdict(remedy) for remedy in remedies]})

@@ -103,6 +103,6 @@ def test_chatglm3_fits_eight_3090s_with_checkpointing_and_zero_2_or_3(tmp_path: 
     fitting = [entry["setting"] for entry in settings if entry["fits"]]
     assert fitting
     for setting in fitting:
-        assert setting["checkpointing"] == "full"
+        assert setting["checkpointing"] != "none"
         # Without offload the states alone are 93 GiB over eight devices, beside gathered weights.
         assert setting["zero_stage"] == 3 or setting["offload_optimizer"] == "cpu"

@@ -24,14 +24,19 @@ def plan_text(document: dict[str, Any]) -> str:
     parts.append(_plan_table(kept[:_SHOWN]))
     if len(kept) > _SHOWN:
         parts.append(f"and {len(kept) - _SHOWN} more, see --json")
-    for miss in document["near_misses"]:
-        rule = miss["rejected_by"]["rule"]
-        parts.append(
-            f"{counts['rejected_by_rule'][rule]} settings rejected by {rule}; nearest: "
-            f"{Setting.from_json(miss['setting']).label()}: {miss['rejected_by']['detail']}"
-        )
-        parts.append(f"  it would fit with {_remedies(miss['remedies'])}")
+    misses = {miss["rejected_by"]["rule"]: miss for miss in document["near_misses"]}
+    for rule, count in counts["rejected_by_rule"].items():
+        parts.append(f"{count} settings rejected by {rule}")
+        if rule in misses:
+            parts += _near_miss(misses[rule])
     return "\n".join(parts)
+
+
+def _near_miss(miss: dict[str, Any]) -> list[str]:
+    return [
+        f"  nearest: {Setting.from_json(miss['setting']).label()}: {miss['rejected_by']['detail']}",
+        f"  it would fit with {_remedies(miss['remedies'])}",
+    ]
 
 
 def _model_and_job(document: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ import json
 import logging
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,23 @@ _POLL_S = 1.0
 
 
 def traced(request: TraceRequest, log: Path) -> dict[str, Any]:
-    """Trace a model in a process of its own; returns the profile as JSON.
+    """Trace a model, each checkpointing mode in a process of its own; returns the profile as JSON.
 
     Raises:
         ConfigError: transformers cannot build the model.
     """
-    answer = _ask(_trace, request, log=log)
-    if "error" in answer:
-        msg = f"the model in {request.model_dir} cannot be traced: {answer['error']}"
-        raise ConfigError(msg)
-    return answer
+    answers = _ask_each(
+        _trace,
+        [(replace(request, checkpointing=(mode,)),) for mode in request.checkpointing],
+        [log.with_stem(f"{log.stem}-{mode}") for mode in request.checkpointing],
+    )
+    for answer in answers:
+        if "error" in answer:
+            msg = f"the model in {request.model_dir} cannot be traced: {answer['error']}"
+            raise ConfigError(msg)
+    # A model without checkpointing answers each with the same.
+    traces = dict(trace for answer in answers for trace in answer["traces"])
+    return answers[0] | {"traces": list(traces.items())}
 
 
 def measured_rates(device_kind: str, precision: str, threads: int, log: Path) -> dict[str, Any]:

@@ -2,14 +2,20 @@
 
 from dataclasses import dataclass
 
-from autotune.workload import Precision
+from autotune.workload import Lora, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRequest:
-    """A model, and how it is to run; attention `auto` is sdpa, or eager where a model lacks it."""
+    """A model, and how it is to run; attention `auto` is sdpa, or eager where a model lacks it.
+
+    Attributes:
+        checkpointing: the modes to trace; `none` alone is traced of a model that has no other.
+    """
 
     model_dir: str
     trust_remote_code: bool
     attention: str
     precision: Precision
+    lora: Lora | None = None
+    checkpointing: tuple[str, ...] = ("none", "full")
