@@ -38,7 +38,7 @@ def has_place_between(
     faster than any in between, would be the fastest of its structure.
     """
     modes = space.column("checkpointing")
-    places = np.stack([_variants(space), space.micro_batch_size])
+    places = np.stack([variants(space), space.micro_batch_size])
     faster = tokens_per_s > best_beside(space, surely_fits, tokens_per_s)
     wanted = places[:, (modes == "none") & ~surely_fits & faster]
     there = places[:, (modes == "full") & may_fit]
@@ -47,13 +47,13 @@ def has_place_between(
 
 def best_beside(space: Space, surely_fits: Bools, tokens_per_s: Floats) -> Floats:
     """Return for each setting the best speed that fits, its structure checkpointed in any way."""
-    variants = _variants(space)
-    best = np.zeros(int(variants.max(initial=0)) + 1)
-    np.maximum.at(best, variants[surely_fits], tokens_per_s[surely_fits])
-    return best[variants]
+    variant = variants(space)
+    best = np.zeros(int(variant.max(initial=0)) + 1)
+    np.maximum.at(best, variant[surely_fits], tokens_per_s[surely_fits])
+    return best[variant]
 
 
-def _variants(space: Space) -> NDArray[np.int64]:
+def variants(space: Space) -> NDArray[np.int64]:
     """Return a number for each setting, the same for structures that differ in checkpointing."""
     keys = [replace(structure, checkpointing="none").key() for structure in space.structures]
     numbers: NDArray[np.int64] = np.unique(keys, return_inverse=True)[1]
