@@ -6,7 +6,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import UsageError, VirtualRunUnavailableError
 from autotune.hardware import Bench, Cluster, Rates
 from autotune.model_source import ModelSource, find_model
+from autotune.partial_checkpointing import with_partial_checkpointing
 from autotune.plan import Plan, make_plan
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached, read_json, write_json, writing
@@ -211,11 +211,8 @@ def compare(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Model:
-    """The model in figures, and how to have it traced with other checkpointing."""
-
     job: Job
     profile: ModelProfile
-    trace: Callable[..., ModelProfile]
 
 
 def _look_at_model(
@@ -223,8 +220,9 @@ def _look_at_model(
 ) -> _Model:
     options, source = question.options, question.source
     precision = choose_precision(options["precision"], question.cluster)
-    trace = partial(_profile, options, source, precision, logs, attention=attention)
-    profile = trace(checkpointing=checkpointing)
+    profile = _profile(
+        options, source, precision, logs, attention=attention, checkpointing=checkpointing
+    )
     limit = _within("--max-seq-length", options["max_seq_length"], profile.max_position_embeddings)
     _log.info(
         "model %s: %s, %s parameters, %s",
@@ -233,7 +231,7 @@ def _look_at_model(
         format_count(profile.parameters),
         precision,
     )
-    return _Model(job=_job(options, source, precision, limit), profile=profile, trace=trace)
+    return _Model(job=_job(options, source, precision, limit), profile=profile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,20 +279,15 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
     else:
         rates = _named_rates(named, job.precision)
 
-    def planned(profile: ModelProfile) -> Plan:
-        space = enumerate_space(
-            cluster,
-            job.global_batch_size,
-            attention=profile.attention,
-            checkpointing_modes=tuple(mode for mode, _ in profile.traces),
-        )
-        return make_plan(space, profile, job, cluster, rates, data.lengths)
-
-    plan = planned(profile)
+    space = enumerate_space(
+        cluster,
+        job.global_batch_size,
+        attention=profile.attention,
+        checkpointing_modes=tuple(mode for mode, _ in profile.traces),
+    )
+    plan = make_plan(space, profile, job, cluster, rates, data.lengths)
     if plan.has_place_between():
-        between = model.trace(checkpointing=PARTIAL_CHECKPOINTING)
-        profile = replace(profile, traces=profile.traces + between.traces)
-        plan = planned(profile)
+        plan = with_partial_checkpointing(plan, PARTIAL_CHECKPOINTING, profile.num_layers)
     return Workload(
         question=question,
         job=job,

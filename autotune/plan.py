@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
 from autotune.memory import PARTS, MemoryEstimate, estimate_memory
-from autotune.prune import best_beside, has_place_between, outdone, variants
+from autotune.prune import best_beside, has_place_between, outdone
 from autotune.setting import Setting
 from autotune.space import Space
 from autotune.throughput import (
@@ -88,20 +88,7 @@ class Plan:
 
     def has_place_between(self) -> bool:
         """Tell whether checkpointing some of the layers may beat both none and all of them."""
-        return has_place_between(
-            self.space, self.surely_fits, self.may_fit(self._halfway_bytes()), self.tokens_per_s
-        )
-
-    def _halfway_bytes(self) -> Floats:
-        """Return what a setting needs on average over its ways to checkpoint.
-
-        Of none and all layers that is what recomputing half of them takes, but for a part of a
-        layer; recomputing fewer takes more. It spares a trace where neither could fit.
-        """
-        groups = np.stack([variants(self.space), self.space.micro_batch_size])
-        group = np.unique(groups, axis=1, return_inverse=True)[1]
-        mean: Floats = np.bincount(group, self.memory.device_bytes) / np.bincount(group)
-        return mean[group]
+        return has_place_between(self.space, self.surely_fits, self.kept, self.tokens_per_s)
 
     def ranking(self) -> Ints:
         """Return the rows: kept ones first, the fastest first, then the rest by what they need."""
