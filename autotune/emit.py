@@ -45,6 +45,9 @@ def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
     # the fast one and wanted, elsewhere torch's own is as fast and needs no compiler.
     if setting.structure.offload_optimizer == "none" or not cluster.has_separate_memory:
         params["torch_adam"] = True
+        if cluster.has_separate_memory:
+            # Otherwise its update takes temporaries there, three as long as all that it updates.
+            params["fused"] = True
     return {"type": "AdamW", "params": params}
 
 

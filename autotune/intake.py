@@ -20,7 +20,7 @@ from autotune.devices import NodeGpus, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import UsageError
-from autotune.hardware import Cluster, Rates
+from autotune.hardware import Cluster, DeviceKind, Rates
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
@@ -134,7 +134,7 @@ def look_into(
     options, cluster, source = question.options, question.cluster, question.source
     precision = choose_precision(options["precision"], cluster)
     trust = options["trust_remote_code"]
-    profile = _profile(source, precision, attention, logs, trust=trust)
+    profile = _profile(source, precision, attention, cluster.kind, logs, trust=trust)
     limit = sequence_limit(options["max_seq_length"], profile)
     job = _job(options, source, precision, limit)
     _log.info(
@@ -264,6 +264,7 @@ def _profile(
     source: ModelSource,
     precision: Any,  # noqa: ANN401 - a Precision
     attention: str,
+    device_kind: DeviceKind,
     logs: Path,
     *,
     trust: bool,
@@ -276,9 +277,11 @@ def _profile(
         trust_remote_code=trust,
         attention=attention,
         precision=precision,
+        device_kind=device_kind,
     )
     config = hashlib.blake2b((source.directory / "config.json").read_bytes()).hexdigest()
-    path = _cache_path("profiles", config, request.attention, precision, __version__, versions())
+    facts = (config, request.attention, precision, device_kind)
+    path = _cache_path("profiles", *facts, __version__, versions())
     return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 

@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autotune.errors import VirtualRunUnavailableError
-from autotune.profile.live_bytes import FixedScalars
+from autotune.profile.live_bytes import FixedScalars, ShapeMode
 from autotune.profile.virtual_gpu import DEVICE as VIRTUAL_DEVICE
 
 _CONVERSIONS = ("to", "float", "half", "bfloat16")
@@ -29,16 +29,14 @@ _RANK_COMPARISONS = tuple(
 @contextmanager
 def faked(
     device_kind: str, *, rank: int, ranks: int, free_device_bytes: Callable[[], int] = lambda: 0
-) -> Iterator[None]:
-    """Be one of `ranks` ranks over fake tensors, on the CPU or on a virtual device.
+) -> Iterator[torch.device]:
+    """Be one of `ranks` ranks over fake tensors; gives the device, the CPU or a virtual one.
 
     `free_device_bytes` answers DeepSpeed's question what a virtual device has left.
 
     Raises:
         VirtualRunUnavailableError: a library lacks a name that has to give way.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with ExitStack() as stack:
         device = "cpu" if device_kind == "cpu" else VIRTUAL_DEVICE
         stack.enter_context(_rank_environment(rank, ranks, device))
@@ -51,7 +49,7 @@ def faked(
         # Constants that libraries made at import, real ones, meet fake tensors.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Answers())
-        yield
+        yield torch.device(device)
 
 
 def _stand_ins() -> dict[str, object]:
@@ -172,10 +170,11 @@ class _Answers(FixedScalars):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class LibraryScratch(TorchDispatchMode):
+class LibraryScratch(ShapeMode):
     """Allocates what a library behind an operator takes while it works, unseen by dispatch.
 
-    Entered after the mode that follows the bytes, so that this one sees them.
+    Entered after the mode that follows the bytes, so that this one sees them, and the last of all,
+    so that it can answer where a tensor is: more than half of what is dispatched asks for that.
     """
 
     def __init__(self, device_kind: str) -> None:
@@ -189,6 +188,8 @@ class LibraryScratch(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         scratch_of = self._scratch.get(func)
         scratch = None if scratch_of is None else scratch_of(args)
         result = func(*args, **(kwargs or {}))
@@ -208,6 +209,7 @@ def _attention_scratch(args: tuple[Any, ...]) -> torch.Tensor:
     return torch.empty_like(query, dtype=torch.float32)
 
 
+_DEVICE = torch.ops.prim.device.default
 _Scratch = Mapping[Any, Callable[[tuple[Any, ...]], torch.Tensor]]
 _GLOO_SCRATCH: _Scratch = {torch.ops.c10d._reduce_scatter_base_.default: _reduce_scatter_scratch}
 _CUDA_SCRATCH: _Scratch = {

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autotune.engine.model import DTYPES, enable_checkpointing
-from autotune.profile.live_bytes import FixedScalars, LiveBytes
+from autotune.profile.fakery import LibraryScratch, faked
+from autotune.profile.live_bytes import LiveBytes
 from autotune.profile.request import TraceRequest
+from autotune.profile.virtual_gpu import place
 from autotune.workload import ModelProfile, Peak, Polynomial, Trace
 
 _LONGEST = 4096
@@ -155,20 +156,20 @@ def _logits(config: Any, request: TraceRequest, mode: str) -> Polynomial:  # noq
 
 def _run(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
     """Trace one pass over a row that has padding, gradients of earlier micro-steps in place."""
-    with FakeTensorMode(allow_non_fake_inputs=True), FixedScalars():
-        model = _build(config, request)
+    with faked(request.device_kind, rank=0, ranks=1) as device:
+        model = place(_build(config, request), device)
         model.config.use_cache = False
         enable_checkpointing(model, mode)
         model.train()
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         known = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
-        ids = torch.zeros((1, length), dtype=torch.int64)
+        ids = torch.zeros((1, length), dtype=torch.int64, device=device)
         mask = torch.ones_like(ids)
-        with LiveBytes(known) as live:
+        with LiveBytes(known) as live, LibraryScratch(request.device_kind):
             model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
     return _Pass(
-        activations_bytes=live.peak["cpu"],
+        activations_bytes=live.peak[device.type],
         flops=live.flops,
         operators=live.operators,
     )
