@@ -8,6 +8,7 @@ from typing import Any
 
 from autotune.errors import ConfigError
 from autotune.units import parse_bytes, parse_duration
+from autotune.workload import ALL_LINEAR
 
 Parse = Callable[[Any], Any]
 
@@ -28,6 +29,11 @@ FORMATS = (
 )
 """The conventions of rows that the dataset package reads; a test holds the two lists together."""
 
+METHODS = ("full", "lora")
+"""What can be trained."""
+
+_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
+_OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge")
 
 _MAX_WHOLE = 2**63 - 1
 _MAX_SEED = 2**32 - 1
@@ -109,6 +115,14 @@ def _texts(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one o
     if isinstance(value, dict):
         value = [f"{name}={entry}" for name, entry in value.items()]
     return tuple(_text(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _targets(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one or a list
+    targets = _texts(value)
+    if ALL_LINEAR in targets and len(targets) > 1:
+        msg = f"{ALL_LINEAR} has every linear layer already: name it alone, or layers"
+        raise ValueError(msg)
+    return targets
 
 
 def _cap(value: Any) -> str:  # noqa: ANN401 - YAML or text
@@ -219,10 +233,47 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="method",
-        parse=_one_of("full"),
+        parse=_one_of(*METHODS),
         default="full",
-        metavar="full",
-        help="What is trained: full, all parameters.",
+        metavar="|".join(METHODS),
+        help="What is trained: all parameters, or low-rank adapters of the linear layers.",
+    ),
+    Option(
+        name="lora_rank",
+        parse=_POSITIVE,
+        default=16,
+        metavar="N",
+        help="Inner dimension of an adapter.",
+    ),
+    Option(
+        name="lora_alpha",
+        parse=_POSITIVE,
+        default=None,
+        metavar="N",
+        help="Adapters are scaled by this over their rank [twice the rank].",
+    ),
+    Option(
+        name="lora_dropout",
+        parse=_share,
+        default=0.0,
+        metavar="X",
+        help="Share of an adapter's inputs that is dropped.",
+    ),
+    Option(
+        name="lora_targets",
+        parse=_targets,
+        default=None,
+        metavar="NAME",
+        help="Layers that get an adapter, by the end of their name; may be repeated "
+        f"[{ALL_LINEAR}, but for the head].",
+        multiple=True,
+    ),
+    Option(
+        name="merge",
+        parse=_flag,
+        default=False,
+        metavar="",
+        help="Add the adapters to the weights in the end, and save the whole model.",
     ),
     Option(
         name="precision",
@@ -276,9 +327,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="learning_rate",
         parse=_above_zero,
-        default=2e-5,
+        default=None,
         metavar="X",
-        help="Peak learning rate of AdamW.",
+        help="Peak learning rate of AdamW [2e-5; 2e-4 with lora].",
     ),
     Option(
         name="lr_scheduler",
@@ -376,6 +427,14 @@ class Options:
     def is_default(self, name: str) -> bool:
         return self.sources[name] == "default"
 
+    def recommended(self, values: Mapping[str, Any], source: str) -> "Options":
+        """Return the options with what `source` recommends in place of defaults."""
+        taken = {name: value for name, value in values.items() if self.is_default(name)}
+        return Options(
+            values={**self.values, **taken},
+            sources={**self.sources, **dict.fromkeys(taken, source)},
+        )
+
     def to_json(self) -> dict[str, dict[str, Any]]:
         return {
             name: {"value": value, "source": self.sources[name]}
@@ -387,7 +446,8 @@ def resolve(layers: Sequence[Layer]) -> Options:
     """Read the layers; the first that names an option wins, and the defaults are the last.
 
     Raises:
-        ConfigError: a layer has an unknown key (the nearest is named) or a value that cannot be.
+        ConfigError: a layer has an unknown key (the nearest is named), a value that cannot be, or
+            one that is not for the method.
     """
     values = {option.name: option.default for option in OPTIONS}
     sources = dict.fromkeys(values, "default")
@@ -403,7 +463,26 @@ def resolve(layers: Sequence[Layer]) -> Options:
                 msg = f"{layer.source}: {key}: {error}"
                 raise ConfigError(msg) from None
             sources[option.name] = layer.source
+    _follow_method(values, sources)
     return Options(values=values, sources=sources)
+
+
+def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:
+    """Give what the method decides a value, where nobody did."""
+    method = values["method"]
+    strays = [name for name in _OF_ADAPTERS if sources[name] != "default" and method != "lora"]
+    if strays:
+        msg = (
+            f"{sources[strays[0]]}: {strays[0]} is about adapters, and method {method} has none: "
+            "leave it out, or choose method lora"
+        )
+        raise ConfigError(msg)
+    followed = {
+        "learning_rate": _LEARNING_RATES[method],
+        "lora_alpha": 2 * values["lora_rank"],
+        "lora_targets": [ALL_LINEAR],
+    }
+    values.update({name: value for name, value in followed.items() if values[name] is None})
 
 
 def _find(key: Any, source: str) -> Option:  # noqa: ANN401 - a YAML key

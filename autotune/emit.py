@@ -101,6 +101,8 @@ def train_spec(
         threads_per_rank=cluster.threads_per_rank,
         seed=job.seed,
         trainer=_trainer_arguments(job, setting, output_dir),
+        lora=job.lora,
+        merge=job.merge,
     )
 
 

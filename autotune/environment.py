@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-_VERSIONED = ("torch", "transformers", "deepspeed", "accelerate")
+_VERSIONED = ("torch", "transformers", "deepspeed", "accelerate", "peft")
 
 RANK_ENVIRONMENT: Mapping[str, str] = {
     # A rank sets its own number of threads; what spins in a pool beside it would only slow it down.

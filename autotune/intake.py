@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,16 @@ from autotune.plan import Plan, make_plan
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached
 from autotune.setting import Setting
-from autotune.space import Space, enumerate_space, micro_batch_sizes
+from autotune.space import (
+    CHECKPOINTING_MODES,
+    PARTIAL_CHECKPOINTING,
+    Space,
+    enumerate_space,
+    micro_batch_sizes,
+)
 from autotune.throughput import Ints
 from autotune.units import format_count
-from autotune.workload import DatasetProfile, Job, ModelProfile
+from autotune.workload import DatasetProfile, Job, Lora, ModelProfile
 
 if TYPE_CHECKING:
     from autotune.dataset.making import Example
@@ -82,6 +89,9 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         AutotuneError: one of them is not there or cannot be used.
     """
     source = find_model(options["model"])
+    if options["method"] == "full":
+        # What a model recommends is for training all of it.
+        options = options.recommended(source.recommended, source.name)
     dataset = tuple(Source.parse(text) for text in options["dataset"] or ())
     if named is None:
         cluster = detect(options["devices"], options["device_memory"])
@@ -126,15 +136,19 @@ def look_into(
     logs: Path,
     seq_length: int | None = None,
     attention: str = "auto",
+    checkpointing: tuple[str, ...] = CHECKPOINTING_MODES,
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
 
-    Without a dataset every row is `seq_length` tokens long.
+    Without a dataset every row is `seq_length` tokens long. Of the checkpointing modes those are
+    tried that the model has.
     """
     options, cluster, source = question.options, question.cluster, question.source
     precision = choose_precision(options["precision"], cluster)
-    trust = options["trust_remote_code"]
-    profile = _profile(source, precision, attention, cluster.kind, logs, trust=trust)
+    trace = partial(
+        _profile, options, source, precision, cluster.kind, logs, attention=attention
+    )
+    profile = trace(checkpointing=checkpointing)
     limit = sequence_limit(options["max_seq_length"], profile)
     job = _job(options, source, precision, limit)
     _log.info(
@@ -169,12 +183,21 @@ def look_into(
         rates = _rates(cluster, precision, logs)
     else:
         rates = named_rates(question.named.gpus, question.named.nodes, precision)
-    space = enumerate_space(
-        cluster,
-        job.global_batch_size,
-        attention=profile.attention,
-        checkpointing_modes=tuple(mode for mode, _ in profile.traces),
-    )
+
+    def planned(profile: ModelProfile) -> Plan:
+        space = enumerate_space(
+            cluster,
+            job.global_batch_size,
+            attention=profile.attention,
+            checkpointing_modes=tuple(mode for mode, _ in profile.traces),
+        )
+        return make_plan(space, profile, job, cluster, rates, lengths)
+
+    plan = planned(profile)
+    if plan.has_place_between():
+        between = trace(checkpointing=PARTIAL_CHECKPOINTING)
+        profile = replace(profile, traces=profile.traces + between.traces)
+        plan = planned(profile)
     return Workload(
         question=question,
         job=job,
@@ -182,7 +205,7 @@ def look_into(
         rates=rates,
         dataset=dataset,
         lengths=lengths,
-        plan=make_plan(space, profile, job, cluster, rates, lengths),
+        plan=plan,
     )
 
 
@@ -232,21 +255,20 @@ def _within(asked: int | None, limit: int) -> int:
 
 
 def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: int) -> Job:  # noqa: ANN401
-    learning_rate = options["learning_rate"]
-    if options.is_default("learning_rate"):
-        learning_rate = source.recommended.get("learning_rate", learning_rate)
     return Job(
         model=source.name,
         model_dir=str(source.directory),
         from_scratch=source.from_scratch,
         precision=precision,
         max_seq_length=max_seq_length,
-        learning_rate=learning_rate,
+        lora=lora_of(options),
         **{
             name: options[name]
             for name in (
                 "trust_remote_code",
                 "method",
+                "merge",
+                "learning_rate",
                 "global_batch_size",
                 "epochs",
                 "max_steps",
@@ -260,28 +282,44 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
     )
 
 
+def lora_of(options: Options) -> Lora | None:
+    """Return the adapters of method lora, None of another."""
+    if options["method"] != "lora":
+        return None
+    return Lora(
+        rank=options["lora_rank"],
+        alpha=options["lora_alpha"],
+        dropout=options["lora_dropout"],
+        targets=tuple(options["lora_targets"]),
+    )
+
+
 def _profile(
+    options: Options,
     source: ModelSource,
     precision: Any,  # noqa: ANN401 - a Precision
-    attention: str,
     device_kind: DeviceKind,
     logs: Path,
     *,
-    trust: bool,
+    attention: str,
+    checkpointing: tuple[str, ...],
 ) -> ModelProfile:
     from autotune.profile.child import profile_from_json, traced
     from autotune.profile.request import TraceRequest
 
     request = TraceRequest(
         model_dir=str(source.directory),
-        trust_remote_code=trust,
+        trust_remote_code=options["trust_remote_code"],
         attention=attention,
         precision=precision,
         device_kind=device_kind,
+        lora=lora_of(options),
+        checkpointing=checkpointing,
     )
     config = hashlib.blake2b((source.directory / "config.json").read_bytes()).hexdigest()
-    facts = (config, request.attention, precision, device_kind)
-    path = _cache_path("profiles", *facts, __version__, versions())
+    # Where the configuration lies does not matter to what it says.
+    asked = replace(request, model_dir="")
+    path = _cache_path("profiles", config, asked, __version__, versions())
     return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 

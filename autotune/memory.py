@@ -24,9 +24,11 @@ _CPU_RUNTIME_BYTES = 48 * _MIB
 """What a CPU rank holds besides tensors: code paged in, communicator, allocator. Measured on ranks
 of a 3 M parameter model, stages 0 to 3, as resident set less the tensor bytes: 35 to 56 MiB."""
 
-GPU_RUNTIME_BYTES = 2048 * _MIB
-"""CUDA context 0.5 to 0.9 GiB (measured, stas00/ml-engineering) and communicators up to 1.5 GiB,
-which a rank pays once and which free memory at the start does not show yet."""
+_CONTEXT_BYTES = 768 * _MIB
+"""A CUDA context takes 0.47 to 0.92 GiB (measured on an A100, stas00/ml-engineering)."""
+
+_COMMUNICATORS_BYTES = 1280 * _MIB
+"""Communicators take up to 1.5 GiB (same source), once there are ranks to talk to."""
 
 _FRAGMENTATION = 0.03
 """Share of the allocated peak that the allocator holds besides."""
@@ -187,7 +189,7 @@ def _other_peaks(
     stage = _stage(space)
     flattens = (stage == 1) | (stage == 2)  # noqa: PLR2004 - ZeRO stages
     flattened = 2.0 * job.compute_bytes * profile.parameters
-    runtime = GPU_RUNTIME_BYTES if cluster.has_separate_memory else 0
+    runtime = fixed_runtime_bytes(cluster) if cluster.has_separate_memory else 0
     on_device = flattened + runtime <= cluster.device_memory_bytes
     creation = np.where(flattens & on_device, flattened, 0.0)
     states = (
@@ -201,5 +203,16 @@ def _other_peaks(
 
 def runtime_bytes(cluster: Cluster, allocated: Floats) -> Floats:
     """Return what a rank holds besides tensors, for each peak of allocated bytes."""
-    fixed = GPU_RUNTIME_BYTES if cluster.has_separate_memory else _CPU_RUNTIME_BYTES
-    return fixed + _FRAGMENTATION * allocated
+    return fixed_runtime_bytes(cluster) + _FRAGMENTATION * allocated
+
+
+def fixed_runtime_bytes(cluster: Cluster) -> int:
+    """Return what of it is there whatever is allocated; free memory at the start has it still."""
+    if not cluster.has_separate_memory:
+        return _CPU_RUNTIME_BYTES
+    return gpu_runtime_bytes(cluster.num_devices)
+
+
+def gpu_runtime_bytes(ranks: int) -> int:
+    """Return what a process on a GPU takes besides its allocator: context and communicators."""
+    return _CONTEXT_BYTES + (_COMMUNICATORS_BYTES if ranks > 1 else 0)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
 from autotune.memory import PARTS, MemoryEstimate, estimate_memory
+from autotune.prune import best_beside, has_place_between, outdone
 from autotune.setting import Setting
 from autotune.space import Space
 from autotune.throughput import (
@@ -73,7 +74,25 @@ class Plan:
         may_fit: NDArray[np.bool_] = (device_bytes <= granted * self.budget_bytes) & (
             self.memory.host_bytes * self.space.ranks <= granted * self.host_budget_bytes
         )
-        return may_fit
+        return may_fit & ~self.outdone
+
+    @property
+    def surely_fits(self) -> NDArray[np.bool_]:
+        """Whether a setting fits even if the estimate is too low by the tolerance."""
+        granted = 1 + _MEMORY_TOLERANCE
+        surely: NDArray[np.bool_] = (granted * self.memory.device_bytes <= self.budget_bytes) & (
+            granted * self.memory.host_bytes * self.space.ranks <= self.host_budget_bytes
+        )
+        return surely
+
+    @property
+    def outdone(self) -> NDArray[np.bool_]:
+        """Whether a setting lies between two ways to checkpoint of which one is faster and fits."""
+        return outdone(self.space, self.surely_fits, self.tokens_per_s)
+
+    def has_place_between(self) -> bool:
+        """Tell whether checkpointing some of the layers may beat both none and all of them."""
+        return has_place_between(self.space, self.surely_fits, self.kept, self.tokens_per_s)
 
     def ranking(self) -> Ints:
         """Return the rows: kept ones first, the fastest first, then the rest by what they need."""
@@ -95,6 +114,13 @@ class Plan:
                 f"{format_bytes(self.budget_bytes)} are there"
             )
             return Rejection(rule="device_memory", detail=detail)
+        if self.outdone[row]:
+            best = best_beside(self.space, self.surely_fits, self.tokens_per_s)[row]
+            detail = (
+                f"{self.tokens_per_s[row]:.0f} tokens/s are estimated, and {best:.0f} with other "
+                "checkpointing that fits"
+            )
+            return Rejection(rule="partial_checkpointing", detail=detail)
         needed = parts["host_bytes"] * self.space.ranks
         detail = (
             f"needs {format_bytes(needed)} of host memory for {self.space.ranks} ranks, "

@@ -1,12 +1,32 @@
 """A structure is what takes a new process to change; a setting adds the micro-batch size."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Offload = Literal["none", "cpu"]
 
 ZERO_STAGES = (0, 1, 2, 3)
+
+_EVERY = re.compile(r"every-([2-9]|[1-9][0-9]+)")
+
+
+def checkpointing_period(checkpointing: str) -> int:
+    """Return how many layers apart those are that are treated alike: 1 if all are, n of `every-n`.
+
+    Of n layers in a row the first recomputes its activations, the others keep them.
+
+    Raises:
+        ValueError: it is neither `none` nor `full` nor `every-n` for an n of 2 or more.
+    """
+    if checkpointing in {"none", "full"}:
+        return 1
+    every = _EVERY.fullmatch(checkpointing)
+    if every is None:
+        msg = f"{checkpointing!r} is none of none, full, every-2, every-3 and so on"
+        raise ValueError(msg)
+    return int(every[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

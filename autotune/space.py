@@ -15,6 +15,9 @@ Ints = NDArray[np.int64]
 CHECKPOINTING_MODES = ("none", "full")
 """Of a model that transformers can checkpoint."""
 
+PARTIAL_CHECKPOINTING = ("every-2", "every-4")
+"""Modes that recompute a half and a quarter of the layers, for where `none` does not fit."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:

@@ -10,11 +10,37 @@ _DEFAULT_BUCKET_ELEMENTS = 500_000_000
 COMPUTE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the head that makes the logits: what peft takes the word for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Low-rank adapters, which are trained beside frozen weights (arXiv:2106.09685).
+
+    Attributes:
+        rank: inner dimension of an adapter.
+        alpha: an adapter's output is scaled by alpha / rank.
+        dropout: share of an adapter's inputs that is dropped.
+        targets: last names of the layers that get one, or `all-linear` alone.
+    """
+
+    rank: int
+    alpha: int
+    dropout: float
+    targets: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Lora":
+        return cls(**fields | {"targets": tuple(fields["targets"])})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What the user asked for; nothing in here is ever changed silently.
 
-    `model_dir` holds config.json and the tokenizer, and weights unless `from_scratch`.
+    `model_dir` holds config.json and the tokenizer, and weights unless `from_scratch`. There is a
+    `lora` where the method is that one; `merge` adds its adapters to the weights in the end.
     """
 
     model: str
@@ -33,6 +59,8 @@ class Job:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    lora: Lora | None = None
+    merge: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -174,7 +202,8 @@ class TrainSpec:
 
     Attributes:
         dataset_dir: memory-mapped rows.
-        model_output_dir: where the trained model goes.
+        model_output_dir: where the trained model goes: all of it, or the adapters of `lora`
+            unless `merge` adds them to the weights.
         trainer: keyword arguments of transformers' TrainingArguments.
         device_memory_bytes: what a rank may allocate; enforced where the device can.
     """
@@ -192,10 +221,15 @@ class TrainSpec:
     threads_per_rank: int
     seed: int
     trainer: dict[str, Any]
+    lora: Lora | None = None
+    merge: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self)}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "TrainSpec":
-        return cls(**{name: value for name, value in fields.items() if name != "schema"})
+        rest = {name: value for name, value in fields.items() if name != "schema"}
+        if rest.get("lora"):
+            rest["lora"] = Lora.from_json(rest["lora"])
+        return cls(**rest)

@@ -37,7 +37,8 @@ def refusal(**values: Any) -> str:  # noqa: ANN401 - whatever a file may hold
 
 def test_without_layers_every_option_has_its_default() -> None:
     options = resolve([])
-    assert options.values == {option.name: option.default for option in OPTIONS}
+    followed = {"learning_rate": 2e-5, "lora_alpha": 32, "lora_targets": ["all-linear"]}
+    assert options.values == {option.name: option.default for option in OPTIONS} | followed
     assert all(options.is_default(option.name) for option in OPTIONS)
 
 
@@ -67,6 +68,34 @@ def test_each_value_says_where_it_came_from() -> None:
     assert recorded["epochs"] == {"value": 2.0, "source": "a.yaml"}
     assert recorded["max_probes"]["source"] == "default"
     assert json.loads(json.dumps(recorded)) == recorded
+
+
+def test_what_follows_from_the_method_follows_it() -> None:
+    options = resolve([Layer("a.yaml", {"method": "lora", "lora_rank": 8})])
+    assert (options["learning_rate"], options["lora_alpha"]) == (2e-4, 16)
+    assert options.is_default("learning_rate")
+    given = resolve([Layer("a.yaml", {"method": "lora", "learning_rate": 1e-3, "lora_alpha": 8})])
+    assert (given["learning_rate"], given["lora_alpha"]) == (1e-3, 8)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora_rank", 8), ("lora_dropout", 0.1), ("lora_targets", "q_proj"), ("merge", True)],
+)
+def test_what_is_about_adapters_needs_them(key: str, value: object) -> None:
+    assert key in refusal(**{key: value})
+    resolve([Layer("a.yaml", {key: value, "method": "lora"})])
+
+
+def test_all_linear_layers_and_some_are_no_choice() -> None:
+    assert "alone" in refusal(method="lora", lora_targets=["all-linear", "lm_head"])
+
+
+def test_a_recommendation_takes_the_place_of_a_default_only() -> None:
+    options = resolve([Layer("a.yaml", {"seed": 7})])
+    taken = options.recommended({"seed": 1, "learning_rate": 1e-3}, "the model")
+    assert (taken["seed"], taken.sources["seed"]) == (7, "a.yaml")
+    assert (taken["learning_rate"], taken.sources["learning_rate"]) == (1e-3, "the model")
 
 
 def test_a_key_without_a_value_says_nothing() -> None:

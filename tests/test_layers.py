@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "autotune"
 LAYERS = (
     ("errors", "units"),
     ("hardware", "workload", "setting", "outcome"),
-    ("space", "memory", "throughput", "plan", "emit", "config", "devices"),
+    ("space", "prune", "memory", "throughput", "plan", "emit", "config", "devices"),
     ("rundir", "environment", "processes", "session", "model_source", "builtin"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
     ("intake", "documents"),
@@ -25,7 +25,8 @@ LAYERS = (
 BESIDE = {
     "outcome": {"setting"},
     "memory": {"space", "throughput"},
-    "plan": {"memory", "space", "throughput"},
+    "prune": {"space"},
+    "plan": {"memory", "prune", "space", "throughput"},
     "model_source": {"builtin"},
     "processes": {"session"},
     "engine": {"dataset"},
@@ -37,12 +38,13 @@ BESIDE = {
 }
 """What a part may import from its own layer."""
 
-ENGINE_ROOMS = ("engine", "profile", "probe.worker", "train.entry")
+ENGINE_ROOMS = ("engine", "profile", "probe.worker", "train.entry", "train.adapters")
 HOMES = {
     "torch": ENGINE_ROOMS,
     "deepspeed": ENGINE_ROOMS,
     "transformers": (*ENGINE_ROOMS, "dataset"),
     "accelerate": ENGINE_ROOMS,
+    "peft": ENGINE_ROOMS,
     "pynvml": ("detect",),
     "optuna": ("tune",),
     "click": ("cli",),

@@ -61,7 +61,7 @@ class ProbeRequest:
             )
             for rung in fields["rungs"]
         )
-        return cls(**{**fields, "spec": TrainSpec(**fields["spec"]), "rungs": rungs})
+        return cls(**{**fields, "spec": TrainSpec.from_json(fields["spec"]), "rungs": rungs})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

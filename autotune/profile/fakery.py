@@ -18,12 +18,20 @@ from autotune.errors import VirtualRunUnavailableError
 from autotune.profile.live_bytes import FixedScalars, ShapeMode
 from autotune.profile.virtual_gpu import DEVICE as VIRTUAL_DEVICE
 
-_CONVERSIONS = ("to", "float", "half", "bfloat16")
 _ZERO = "deepspeed.runtime.zero"
 _RANK_COMPARISONS = tuple(
     f"{_ZERO}.{module}.assert_ints_same_as_other_ranks"
     for module in ("utils", "stage3", "partition_parameters", "partitioned_param_coordinator")
 )
+
+
+def _stay(module: torch.nn.Module, *_args: object, **_kwargs: object) -> torch.nn.Module:
+    return module
+
+
+# Parameters of a fake model cannot be swapped under the weak references that follow them. The model
+# is built in its type and on its device, so that there is nothing to convert.
+_CONVERSIONS = {f"torch.nn.Module.{name}": _stay for name in ("to", "float", "half", "bfloat16")}
 
 
 @contextmanager
@@ -46,22 +54,18 @@ def faked(
         for target, stand_in in stand_ins.items():
             stack.enter_context(replaced(target, stand_in))
         stack.enter_context(_process_group(rank, ranks))
-        # Constants that libraries made at import, real ones, meet fake tensors.
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(fake_tensors())
         stack.enter_context(_Answers())
         yield torch.device(device)
 
 
 def _stand_ins() -> dict[str, object]:
     """Return what replaces what, by dotted name."""
-    # Parameters of a fake model cannot be swapped under the weak references that follow them. The
-    # model is built in its type and on its device, so that there is nothing to convert.
-    conversions = {f"torch.nn.Module.{name}": _stay for name in _CONVERSIONS}
     # ZeRO 3 compares with what rank 0 sends; a fake collective brings no data.
     comparisons = dict.fromkeys(_RANK_COMPARISONS, _agree)
     # It would compile a C++ op that exchanges real memory between real ranks.
     shared_memory = {"deepspeed.comm.torch.build_shm_op": _nothing}
-    return {**conversions, **comparisons, **shared_memory}
+    return {**comparisons, **shared_memory}
 
 
 def _device_stand_ins(free_device_bytes: Callable[[], int]) -> dict[str, object]:
@@ -91,16 +95,23 @@ def _gpu_backend(*_args: object) -> tuple[str, str]:
     return "nccl", "MULTI_GPU"
 
 
-def _stay(module: torch.nn.Module, *_args: object, **_kwargs: object) -> torch.nn.Module:
-    return module
-
-
 def _agree(_ints: list[int]) -> None:
     return None
 
 
 def _nothing() -> None:
     return None
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Let tensors be fake, and the modules that hold them stay as they are built."""
+    with ExitStack() as stack:
+        for target, stand_in in _CONVERSIONS.items():
+            stack.enter_context(replaced(target, stand_in))
+        # Constants that libraries made at import, real ones, meet fake tensors.
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from autotune.hardware import DeviceKind
-from autotune.workload import Precision
+from autotune.workload import Lora, Precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,6 +11,9 @@ class TraceRequest:
     """A model, and how it is to run; attention `auto` is sdpa, or eager where a model lacks it.
 
     The kind of device decides which kernel attention takes, and so what is kept for backward.
+
+    Attributes:
+        checkpointing: the modes to trace; `none` alone is traced of a model that has no other.
     """
 
     model_dir: str
@@ -18,3 +21,5 @@ class TraceRequest:
     attention: str
     precision: Precision
     device_kind: DeviceKind
+    lora: Lora | None = None
+    checkpointing: tuple[str, ...] = ("none", "full")

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from autotune.engine.model import DTYPES, enable_checkpointing
+from autotune.engine.model import from_config
 from autotune.profile.fakery import LibraryScratch, faked
 from autotune.profile.live_bytes import LiveBytes
 from autotune.profile.request import TraceRequest
 from autotune.profile.virtual_gpu import place
+from autotune.setting import checkpointing_period
 from autotune.workload import ModelProfile, Peak, Polynomial, Trace
 
 _LONGEST = 4096
@@ -43,14 +44,15 @@ def trace_model(request: TraceRequest) -> ModelProfile:
     text = config.get_text_config()
     with torch.device("meta"):
         request = _choose_attention(config, request)
-        model = _build(config, request)
-        one, two = (_count(_build(_with_depth(config, depth), request)) for depth in (1, 2))
+        model = from_config(config, request)
+        one, two = (_count(from_config(_with_depth(config, depth), request)) for depth in (1, 2))
     sizes = [parameter.numel() for parameter in model.parameters()]
-    modes = ("none", "full") if model.supports_gradient_checkpointing else ("none",)
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    modes = request.checkpointing if model.supports_gradient_checkpointing else ("none",)
     return ModelProfile(
         architecture=(config.architectures or [type(config).__name__])[0],
         parameters=sum(sizes),
-        trainable_parameters=sum(sizes),
+        trainable_parameters=sum(trained),
         largest_layer_parameters=two - one,
         largest_parameter=max(sizes),
         num_layers=text.num_hidden_layers,
@@ -68,7 +70,7 @@ def _choose_attention(config: Any, request: TraceRequest) -> TraceRequest:  # no
         return request
     sdpa = replace(request, attention="sdpa")
     try:
-        _build(_with_depth(config, 1), sdpa)
+        from_config(_with_depth(config, 1), sdpa)
     except ValueError:
         # This is how transformers says that an architecture does not have it.
         return replace(request, attention="eager")
@@ -92,17 +94,6 @@ def _with_depth(config: Any, depth: int) -> Any:  # noqa: ANN401 - PretrainedCon
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:depth]
     return shallow
-
-
-def _build(config: Any, request: TraceRequest) -> Any:  # noqa: ANN401 - PreTrainedModel
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(
-        config,
-        dtype=DTYPES[request.precision],
-        attn_implementation=request.attention,
-        trust_remote_code=request.trust_remote_code,
-    )
 
 
 def _count(model: torch.nn.Module) -> int:
@@ -129,9 +120,11 @@ def _through(lengths: Sequence[int], values: Sequence[float]) -> Polynomial:
 
 
 def _at_full_depth(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
-    """Trace one and two layers, and go on from there: each further layer adds the same."""
-    more = config.get_text_config().num_hidden_layers - 1
-    one, two = (_run(_with_depth(config, depth), request, mode, length) for depth in (1, 2))
+    """Trace few layers and a period more, and go on from there: each further one adds the same."""
+    period = checkpointing_period(mode)
+    more, rest = divmod(config.get_text_config().num_hidden_layers - 1, period)
+    depths = (rest + 1, rest + 1 + period)
+    one, two = (_run(_with_depth(config, depth), request, mode, length) for depth in depths)
     return _Pass(
         activations_bytes=one.activations_bytes
         + more * (two.activations_bytes - one.activations_bytes),
@@ -157,13 +150,12 @@ def _logits(config: Any, request: TraceRequest, mode: str) -> Polynomial:  # noq
 def _run(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
     """Trace one pass over a row that has padding, gradients of earlier micro-steps in place."""
     with faked(request.device_kind, rank=0, ranks=1) as device:
-        model = place(_build(config, request), device)
-        model.config.use_cache = False
-        enable_checkpointing(model, mode)
+        model = place(from_config(config, request, mode), device)
         model.train()
-        for parameter in model.parameters():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        known = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
+        known = [*model.parameters(), *(parameter.grad for parameter in trained)]
         ids = torch.zeros((1, length), dtype=torch.int64, device=device)
         mask = torch.ones_like(ids)
         with LiveBytes(known) as live, LibraryScratch(request.device_kind):

@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from autotune.engine.trainer import build_trainer, count_trained
-from autotune.memory import GPU_RUNTIME_BYTES
+from autotune.memory import gpu_runtime_bytes
 from autotune.profile.fakery import LibraryScratch, faked
 from autotune.profile.live_bytes import LiveBytes, Parts
 from autotune.profile.virtual import VirtualRequest, VirtualRun
@@ -35,7 +35,8 @@ def follow(request: VirtualRequest) -> VirtualRun:
     def free_device_bytes() -> int:
         # What a device shows as free is without its context and communicators too.
         tensors = live.current[VIRTUAL_GPU]
-        return request.spec.device_memory_bytes - GPU_RUNTIME_BYTES - tensors
+        runtime = gpu_runtime_bytes(request.ranks)
+        return request.spec.device_memory_bytes - runtime - tensors
 
     with (
         faked(

@@ -18,6 +18,7 @@ from autotune.dataset.rows import Rows
 from autotune.engine.device import MemoryMeter, enter_rank
 from autotune.engine.ops import load_ops, needed_ops
 from autotune.engine.trainer import build_trainer
+from autotune.train.adapters import adapters_dir, merge, with_base
 from autotune.processes import die_with_parent
 from autotune.rundir import write_json, write_text
 from autotune.workload import TrainSpec
@@ -57,6 +58,9 @@ def train(
     output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     load_ops(needed_ops(spec.device_kind, ds_config))
     meter, cap = enter_rank(spec.device_kind, spec.device_memory_bytes, spec.threads_per_rank)
+    if spec.lora is not None and spec.from_scratch:
+        with cap.lifted():
+            spec = with_base(spec, adapters_dir(spec, model_dir) / "base")
     trainer = build_trainer(spec, ds_config, load_weights=True)
     trainer.memory_cap = cap
     checkpoint = last_whole_checkpoint(output_dir) if resume else None
@@ -64,8 +68,11 @@ def train(
     trainer.add_callback(metrics)
     trainer.add_callback(WholeCheckpoints())
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(model_dir))
+    trainer.save_model(str(adapters_dir(spec, model_dir)))
     if trainer.is_world_process_zero():
+        if spec.merge:
+            with cap.lifted():
+                merge(spec, adapters_dir(spec, model_dir), model_dir)
         _save_tokenizer(spec, model_dir)
         write_json(output_dir / "summary.json", metrics.summary())
     torch.distributed.barrier()
