@@ -48,8 +48,16 @@ DISTINCT = frozenset(
 )
 """Models of other architectures: attention of their own, vision towers, encoders and decoders."""
 
-_FUSED_ATTENTION = {"gpt_neox": ("query_key_value",), "gpt2": ("c_attn",), "bloom": ("query_key_value",)}
-_FALCON_FUSED = ("query_key_value",)
+_FUSED_ATTENTION = {
+    "gpt_neox": "query_key_value",
+    "bloom": "query_key_value",
+    "falcon": "query_key_value",
+    "gpt2": "c_attn",
+}
+
+
+_POSITIONS = 131072
+"""Rotary positions take no memory, so that their number does not matter."""
 
 
 def config_of(row: dict[str, str]) -> dict[str, Any] | str | None:
@@ -65,7 +73,7 @@ def config_of(row: dict[str, str]) -> dict[str, Any] | str | None:
 
 def _dimensions(family: str, row: dict[str, str]) -> dict[str, Any]:
     sizes = {name: int(row[name]) for name in ("n_layers", "hidden", "heads", "kv_heads", "vocab")}
-    inner, positions = int(row["intermediate"]), max(4096, int(row["seq_len"] or 0))
+    inner = int(row["intermediate"])
     common = {"vocab_size": sizes["vocab"], "tie_word_embeddings": False}
     if family == "gpt2":
         return common | {
@@ -73,14 +81,14 @@ def _dimensions(family: str, row: dict[str, str]) -> dict[str, Any]:
             "n_layer": sizes["n_layers"],
             "n_head": sizes["heads"],
             "n_inner": inner,
-            "n_positions": positions,
+            "n_positions": 1024,
             "tie_word_embeddings": True,
         }
     common |= {
         "hidden_size": sizes["hidden"],
         "num_hidden_layers": sizes["n_layers"],
         "num_attention_heads": sizes["heads"],
-        "max_position_embeddings": positions,
+        "max_position_embeddings": _POSITIONS,
     }
     if family == "bloom":
         return common | {"tie_word_embeddings": True}
@@ -102,8 +110,8 @@ def targets_of(row: dict[str, str]) -> list[str]:
         return ["all-linear"]
     config = config_of(row)
     family = config["model_type"] if isinstance(config, dict) else config
-    if family in _FUSED_ATTENTION or family == "falcon":
-        return list(_FUSED_ATTENTION.get(str(family), _FALCON_FUSED))
+    if family in _FUSED_ATTENTION:
+        return [_FUSED_ATTENTION[family]]
     if "k,q,v,up,down,gate" in notes:
         return ["k_proj", "q_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]
     return ["q_proj", "v_proj"] if "q,v" in notes else ["q_proj", "k_proj", "v_proj"]
