@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "autotune"
 LAYERS = (
     ("errors", "units"),
     ("hardware", "workload", "setting", "outcome"),
-    ("space", "prune", "memory", "throughput", "plan", "emit", "config", "devices"),
+    ("space", "zero", "prune", "memory", "throughput", "plan", "emit", "config", "devices"),
     ("rundir", "environment", "processes", "session", "model_source", "builtin"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
     ("intake", "documents"),
@@ -24,7 +24,8 @@ LAYERS = (
 
 BESIDE = {
     "outcome": {"setting"},
-    "memory": {"space", "throughput"},
+    "memory": {"space", "zero"},
+    "emit": {"zero"},
     "prune": {"space"},
     "plan": {"memory", "prune", "space", "throughput"},
     "model_source": {"builtin"},

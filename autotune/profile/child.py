@@ -11,7 +11,7 @@ from autotune.errors import ConfigError, SetupFaultError
 from autotune.hardware import Rates
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
-from autotune.workload import ModelProfile, Peak, Polynomial, Trace
+from autotune.workload import ModelProfile, Moment, Polynomial, Trace
 
 _TAIL_BYTES = 2000
 
@@ -107,24 +107,23 @@ def _build_ops(names: Sequence[str], path: str) -> None:
 def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
     """Read what `traced` returned."""
     traces = tuple((mode, _trace_from_json(trace)) for mode, trace in fields["traces"])
-    return ModelProfile(**{**fields, "traces": traces})
+    sizes = {name: tuple(fields[name]) for name in ("trained_sizes", "frozen_sizes")}
+    return ModelProfile(**{**fields, **sizes, "traces": traces})
 
 
 def _trace_from_json(fields: dict[str, Any]) -> Trace:
     return Trace(
-        activations_bytes=_peak_from_json(fields["activations_bytes"]),
-        logits_bytes=Polynomial(**fields["logits_bytes"]),
+        moments=tuple(_moment_from_json(moment) for moment in fields["moments"]),
         flops=Polynomial(**fields["flops"]),
         operators=fields["operators"],
     )
 
 
-def _peak_from_json(fields: dict[str, Any]) -> Peak:
-    return Peak(
-        lengths=tuple(fields["lengths"]),
-        values=tuple(fields["values"]),
-        tail=Polynomial(**fields["tail"]),
-    )
+def _moment_from_json(fields: dict[str, Any]) -> Moment:
+    polynomials = {
+        name: Polynomial(**fields[name]) for name in ("rows_bytes", "batch_bytes", "logits_bytes")
+    }
+    return Moment(**{**fields, **polynomials})
 
 
 def rates_from_json(fields: dict[str, Any]) -> Rates:

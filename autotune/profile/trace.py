@@ -6,7 +6,7 @@ costs is then known, and everything grows with the number of layers from there.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,24 +14,18 @@ import torch
 
 from autotune.engine.model import from_config
 from autotune.profile.fakery import LibraryScratch, faked
-from autotune.profile.live_bytes import LiveBytes
 from autotune.profile.request import TraceRequest
+from autotune.profile.timeline import Timeline, at_depth, follow_pass, moments_of
 from autotune.profile.virtual_gpu import place
 from autotune.setting import checkpointing_period
-from autotune.workload import ModelProfile, Peak, Polynomial, Trace
+from autotune.workload import ModelProfile, Polynomial, Trace
 
 _LONGEST = 4096
 _NO_LIMIT = 2**20
 """Positions of a model that takes rows of any length."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pass:
-    """One traced forward and backward pass over a single row."""
-
-    activations_bytes: int
-    flops: int
-    operators: int
+_ROWS = (1, 2)
+_FEWEST_LAYERS = 2
 
 
 def trace_model(request: TraceRequest) -> ModelProfile:
@@ -55,6 +49,10 @@ def trace_model(request: TraceRequest) -> ModelProfile:
         trainable_parameters=sum(trained),
         largest_layer_parameters=two - one,
         largest_parameter=max(sizes),
+        trained_sizes=tuple(trained),
+        frozen_sizes=tuple(
+            parameter.numel() for parameter in model.parameters() if not parameter.requires_grad
+        ),
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
@@ -82,9 +80,9 @@ def _positions(config: Any) -> int:  # noqa: ANN401 - PretrainedConfig
 
 
 def _traced_lengths(config: Any) -> tuple[int, ...]:  # noqa: ANN401 - PretrainedConfig
-    """Return lengths that the model takes, ascending; the last three give a polynomial."""
+    """Return three lengths that the model takes: bytes are polynomials of degree two in them."""
     longest = min(_LONGEST, _positions(config))
-    return tuple(longest // share for share in (64, 32, 16, 8, 4, 2, 1))
+    return (longest // 4, longest // 2, longest)
 
 
 def _with_depth(config: Any, depth: int) -> Any:  # noqa: ANN401 - PretrainedConfig
@@ -101,16 +99,13 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _trace(config: Any, request: TraceRequest, mode: str) -> Trace:  # noqa: ANN401
-    lengths = _traced_lengths(config)
-    passes = [_at_full_depth(config, request, mode, length) for length in lengths]
-    bytes_ = [float(one.activations_bytes) for one in passes]
+    points = [(rows, length) for rows in _ROWS for length in _traced_lengths(config)]
+    timelines = [_at_full_depth(config, request, mode, *point) for point in points]
+    of_one_row = timelines[: len(points) // len(_ROWS)]
     return Trace(
-        activations_bytes=Peak(
-            lengths=lengths, values=tuple(bytes_), tail=_through(lengths[-3:], bytes_[-3:])
-        ),
-        logits_bytes=_logits(config, request, mode),
-        flops=_through(lengths[-3:], [float(one.flops) for one in passes[-3:]]),
-        operators=max(one.operators for one in passes),
+        moments=moments_of(points, timelines),
+        flops=_through(_traced_lengths(config), [float(one.flops) for one in of_one_row]),
+        operators=max(one.allocations for one in of_one_row),
     )
 
 
@@ -119,49 +114,33 @@ def _through(lengths: Sequence[int], values: Sequence[float]) -> Polynomial:
     return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
 
 
-def _at_full_depth(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
-    """Trace few layers and a period more, and go on from there: each further one adds the same."""
-    period = checkpointing_period(mode)
-    more, rest = divmod(config.get_text_config().num_hidden_layers - 1, period)
-    depths = (rest + 1, rest + 1 + period)
-    one, two = (_run(_with_depth(config, depth), request, mode, length) for depth in depths)
-    return _Pass(
-        activations_bytes=one.activations_bytes
-        + more * (two.activations_bytes - one.activations_bytes),
-        flops=one.flops + more * (two.flops - one.flops),
-        operators=one.operators + more * (two.operators - one.operators),
+def _at_full_depth(
+    config: Any,  # noqa: ANN401 - PretrainedConfig
+    request: TraceRequest,
+    mode: str,
+    rows: int,
+    length: int,
+) -> Timeline:
+    """Trace a few layers and a period more, and go on from there; or all where they are few."""
+    layers, period = config.get_text_config().num_hidden_layers, checkpointing_period(mode)
+    fewest = _FEWEST_LAYERS + (layers - _FEWEST_LAYERS) % period
+    depths = (fewest, fewest + period)
+    if layers <= depths[-1]:
+        return _run(config, request, mode, rows, length)
+    smaller, larger = (
+        _run(_with_depth(config, depth), request, mode, rows, length) for depth in depths
     )
+    return at_depth(layers, smaller, larger, depths)
 
 
-def _logits(config: Any, request: TraceRequest, mode: str) -> Polynomial:  # noqa: ANN401
-    """Return what of the peak grows with the vocabulary, by tracing half of it."""
-    half = _with_depth(config, 1)
-    vocab_size = half.get_text_config().vocab_size
-    half.get_text_config().vocab_size = vocab_size // 2
-    # It may lie in the half that is gone.
-    half.get_text_config().pad_token_id = None
-    length = _traced_lengths(config)[-2]
-    whole_bytes = _run(_with_depth(config, 1), request, mode, length).activations_bytes
-    half_bytes = _run(half, request, mode, length).activations_bytes
-    growth = (whole_bytes - half_bytes) * vocab_size / (vocab_size - vocab_size // 2)
-    return Polynomial(c0=0.0, c1=growth / length, c2=0.0)
-
-
-def _run(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
-    """Trace one pass over a row that has padding, gradients of earlier micro-steps in place."""
+def _run(
+    config: Any,  # noqa: ANN401 - PretrainedConfig
+    request: TraceRequest,
+    mode: str,
+    rows: int,
+    length: int,
+) -> Timeline:
     with faked(request.device_kind, rank=0, ranks=1) as device:
         model = place(from_config(config, request, mode), device)
         model.train()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        known = [*model.parameters(), *(parameter.grad for parameter in trained)]
-        ids = torch.zeros((1, length), dtype=torch.int64, device=device)
-        mask = torch.ones_like(ids)
-        with LiveBytes(known) as live, LibraryScratch(request.device_kind):
-            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-    return _Pass(
-        activations_bytes=live.peak[device.type],
-        flops=live.flops,
-        operators=live.operators,
-    )
+        return follow_pass(model, rows, length, device)

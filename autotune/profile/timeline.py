@@ -1,0 +1,228 @@
+"""A forward and a backward pass over fake tensors, followed from one allocation to the next."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from autotune.profile.fakery import LibraryScratch
+from autotune.profile.live_bytes import LiveBytes, Parts
+from autotune.workload import Moment, Polynomial
+
+Floats = NDArray[np.float64]
+Points = Sequence[tuple[int, int]]
+
+_LEVELS = 16
+"""Shares of the gradients for which a peak is kept where passes differ in their operators."""
+
+_ROWS_TRIED = (1, 8, 64)
+_LENGTHS_TRIED = tuple(2**power for power in range(4, 18))
+_BYTES_OF_A_GRADIENT = (0.0, 2.0, 4.0, 8.0, 1e6)
+"""What an element may cost once its gradient is handed over; the last finds what comes last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """What was alive after each allocation of a pass; arrays of one length.
+
+    Attributes:
+        operators: which operator allocated.
+        bytes: of activations and of gradients that are not handed over yet.
+        logits: those of them in tensors as wide as the vocabulary.
+        gradients: elements of the parameters whose gradients have been handed over.
+        backward: index of the first allocation of the backward pass.
+        flops: of the whole pass.
+        allocations: of the whole pass; at another depth than was traced more than are listed.
+    """
+
+    operators: tuple[str, ...]
+    bytes: Floats
+    logits: Floats
+    gradients: Floats
+    backward: int
+    flops: int
+    allocations: int
+
+    def __len__(self) -> int:
+        return len(self.operators)
+
+
+def follow_pass(
+    model: Any,  # noqa: ANN401 - PreTrainedModel
+    rows: int,
+    length: int,
+    device: torch.device,
+) -> Timeline:
+    """Run a batch whose rows have padding; each gradient is let go of as soon as it is whole.
+
+    That is when DeepSpeed takes it over. What becomes of it from there is not the model's.
+    """
+    live = _Recorder(model, device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(live.take_gradient)
+    with live, LibraryScratch(device.type):
+        ids = torch.zeros((rows, length), dtype=torch.int64, device=device)
+        labels, mask = torch.zeros_like(ids), torch.ones_like(ids)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        backward = len(live.names)
+        loss.backward()
+    return Timeline(
+        operators=tuple(live.names),
+        bytes=np.array(live.bytes, dtype=np.float64),
+        logits=np.array(live.logits, dtype=np.float64),
+        gradients=np.array(live.gradients, dtype=np.float64),
+        backward=backward,
+        flops=live.flops,
+        allocations=live.operators,
+    )
+
+
+class _Recorder(LiveBytes):
+    """Writes down what is alive at each allocation."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:  # noqa: ANN401 - PreTrainedModel
+        known = [*model.parameters(), *model.buffers()]
+        super().__init__(known, _ByWidth(model.config.get_text_config().vocab_size))
+        self.names: list[str] = []
+        self.bytes: list[int] = []
+        self.logits: list[int] = []
+        self.gradients: list[int] = []
+        self._handed_over = 0
+        self._device = device.type
+
+    def take_gradient(self, parameter: torch.Tensor) -> None:
+        self._handed_over += parameter.numel()
+        parameter.grad = None
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the operator returns
+        before = self.operators
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.operators > before:
+            self.names.append(str(func))
+            self.bytes.append(self.current[self._device])
+            self.logits.append(self._current_parts[self._device]["logits"])
+            self.gradients.append(self._handed_over)
+        return result
+
+
+class _ByWidth(Parts):
+    """Takes what is as wide as the vocabulary for logits."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def of_new(self, tensor: torch.Tensor) -> str:
+        wide = tensor.dim() > 0 and tensor.shape[-1] == self._vocab_size
+        return "logits" if wide else "other"
+
+
+def at_depth(layers: int, smaller: Timeline, larger: Timeline, depths: tuple[int, int]) -> Timeline:
+    """Go on from the timelines of two depths to another: each layer more adds the same.
+
+    Counted back from its end a forward pass is the same at any depth, and so is a backward pass
+    counted from its start, but for what the layers in between keep; the last layers of a backward
+    pass are the same counted from the end, but for the gradients that are handed over by then.
+    """
+    ratio = (layers - depths[1]) / (depths[1] - depths[0])
+    forward = larger.backward - smaller.backward
+    backward = len(larger) - len(smaller) - forward
+    place = np.arange(len(larger))
+    from_the_end = place >= len(larger) - 2 * backward
+    counterpart = place - np.where(from_the_end, forward + backward, forward)
+    counterpart = np.maximum(counterpart, 0)
+    more = {
+        name: getattr(larger, name) - getattr(smaller, name)[counterpart]
+        for name in ("bytes", "logits", "gradients")
+    }
+    # Before anything is kept there is nothing that grows.
+    early = place < forward
+    return Timeline(
+        operators=larger.operators,
+        backward=larger.backward,
+        flops=larger.flops + round(ratio * (larger.flops - smaller.flops)),
+        allocations=larger.allocations + round(ratio * (larger.allocations - smaller.allocations)),
+        **{
+            name: getattr(larger, name) + np.where(early, 0.0, ratio * growth)
+            for name, growth in more.items()
+        },
+    )
+
+
+def moments_of(points: Points, timelines: Sequence[Timeline]) -> tuple[Moment, ...]:
+    """Return the moments of a pass of which one is the peak, from passes at (rows, length) points.
+
+    A storage is as large as a product of rows and lengths, so what is alive at a moment is
+    a + b s + c s^2 + m (d + e s + f s^2) bytes; six points or more give it.
+    """
+    if len({one.operators for one in timelines}) > 1:
+        timelines = [_by_level(one) for one in timelines]
+    bytes_ = _coefficients(points, [one.bytes for one in timelines])
+    logits = _coefficients(points, [one.logits for one in timelines])
+    gradients, backward = timelines[0].gradients, timelines[0].backward
+    return tuple(
+        Moment(
+            batch_bytes=_polynomial(bytes_[:3, place]),
+            rows_bytes=_polynomial(bytes_[3:, place]),
+            logits_bytes=_polynomial(logits[3:, place]),
+            gradients=float(gradients[place]),
+            backward=place >= backward,
+        )
+        for place in _peaks(bytes_, gradients, backward)
+    )
+
+
+def _basis(rows: float, length: float) -> list[float]:
+    of_a_row = [1.0, length, length**2]
+    return of_a_row + [rows * one for one in of_a_row]
+
+
+def _coefficients(points: Points, values: Sequence[Floats]) -> Floats:
+    """Return six coefficients for each moment; what falls with rows or length is rounding."""
+    bases = np.array([_basis(*point) for point in points])
+    scale = bases.max(axis=0)
+    solved = np.linalg.lstsq(bases / scale, np.array(values), rcond=None)[0] / scale[:, None]
+    return np.maximum(solved, 0.0)
+
+
+def _polynomial(coefficients: Floats) -> Polynomial:
+    c0, c1, c2 = coefficients.tolist()
+    return Polynomial(c0=c0, c1=c1, c2=c2)
+
+
+def _peaks(bytes_: Floats, gradients: Floats, backward: int) -> list[int]:
+    """Return the places that are the highest for some rows, length and cost of a gradient."""
+    found = set()
+    halves = [half for half in (range(backward), range(backward, len(gradients))) if len(half)]
+    for rows in _ROWS_TRIED:
+        for length in _LENGTHS_TRIED:
+            alive = np.array(_basis(rows, length)) @ bytes_
+            for cost in _BYTES_OF_A_GRADIENT:
+                total = alive + cost * gradients
+                found |= {half[int(np.argmax(total[half.start : half.stop]))] for half in halves}
+    return sorted(found)
+
+
+def _by_level(timeline: Timeline) -> Timeline:
+    """Keep the peak of the forward pass, and those of the backward pass from a level on."""
+    handed_over = timeline.gradients / max(1.0, float(timeline.gradients[-1]))
+    place = np.arange(len(timeline))
+    ranges = [place < timeline.backward] + [
+        (place >= timeline.backward) & (handed_over >= level / _LEVELS) for level in range(_LEVELS)
+    ]
+    kept = [int(np.argmax(np.where(inside, timeline.bytes, -1.0))) for inside in ranges]
+    return replace(
+        timeline,
+        operators=("",) * len(kept),
+        backward=1,
+        **{name: getattr(timeline, name)[kept] for name in ("bytes", "logits", "gradients")},
+    )
