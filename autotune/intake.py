@@ -22,6 +22,7 @@ from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import UsageError
 from autotune.hardware import Cluster, DeviceKind, Rates
+from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
@@ -145,9 +146,7 @@ def look_into(
     """
     options, cluster, source = question.options, question.cluster, question.source
     precision = choose_precision(options["precision"], cluster)
-    trace = partial(
-        _profile, options, source, precision, cluster.kind, logs, attention=attention
-    )
+    trace = partial(_profile, options, source, precision, cluster.kind, logs, attention=attention)
     profile = trace(checkpointing=checkpointing)
     limit = sequence_limit(options["max_seq_length"], profile)
     job = _job(options, source, precision, limit)
@@ -367,6 +366,7 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         seq_length=int(workload.lengths.max()),
+        rank=shards_of(workload.profile, cluster.num_devices).worst_rank,
     )
     path = _cache_path(
         "virtual", request, workload.question.source.content_hash(), versions(), __version__

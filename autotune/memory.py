@@ -131,9 +131,7 @@ class _Peak:
     buffers: Floats
 
     @classmethod
-    def of(
-        cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int
-    ) -> "_Peak":
+    def of(cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int) -> "_Peak":
         """Take the moment at which activations, gradients and buffers together are the most."""
         powers = np.array([1.0, length, float(length) ** 2])
         of_a_row, of_a_batch, logits = (

@@ -144,8 +144,9 @@ def at_depth(layers: int, smaller: Timeline, larger: Timeline, depths: tuple[int
         name: getattr(larger, name) - getattr(smaller, name)[counterpart]
         for name in ("bytes", "logits", "gradients")
     }
-    # Before anything is kept there is nothing that grows.
-    early = place < forward
+    # Before anything is kept there is nothing that grows. What precedes the first layer of the one
+    # is a part of the first layer of the other; from the second on they are alike.
+    early = place < 2 * forward
     return Timeline(
         operators=larger.operators,
         backward=larger.backward,

@@ -23,7 +23,7 @@ from typing import Any
 
 import measurements
 from architectures import config_of, targets_of
-from measurements import Measurement
+from measurements import RESERVED_OVER_UNLIKE, Measurement
 
 from autotune import intake
 from autotune.cli.options import named_hardware
@@ -34,7 +34,7 @@ from autotune.setting import Structure
 from autotune.units import GIB
 
 RESULT = Path(__file__).parent.parent / "results" / "published.json"
-LIMITS = {"allocated": 8.0, "reserved": 12.0, "nvidia-smi": 12.0}
+LIMITS = {"allocated": 8.0, "reserved": 12.0, "nvidia-smi": 12.0, RESERVED_OVER_UNLIKE: None}
 """What the median error in per cent is to be at most."""
 
 _LARGEST = "H200-141GB"
@@ -84,11 +84,15 @@ def compare(measurement: Measurement, directory: Path) -> Comparison:
     )
     entry = intake.estimate_setting(workload, setting).entry(0)
     kind, memory = measurement.kind, entry["memory"]
-    predicted = {
+    of_kind = {
         "allocated": memory["allocated_bytes"],
         "reserved": memory["device_bytes"] - fixed_runtime_bytes(question.cluster),
-    }.get(str(kind), memory["device_bytes"]) / GIB
-    figure = None if measurement.saturated or kind is None else float(measurement.peak_mem_gib_per_gpu)
+    }
+    of_kind[RESERVED_OVER_UNLIKE] = of_kind["reserved"]
+    predicted = of_kind.get(str(kind), memory["device_bytes"]) / GIB
+    figure = None
+    if kind is not None and not measurement.saturated:
+        figure = float(measurement.peak_mem_gib_per_gpu)
     return Comparison(
         id=measurement.id,
         source=f"{measurement.source_repo} {measurement.source_path_or_issue}",
@@ -111,7 +115,8 @@ def _ask(measurement: Measurement, directory: Path) -> intake.Question:
         "model": _model(measurement, directory),
         "method": measurement.method,
         "precision": _precision(measurement),
-        "global_batch_size": ranks * int(measurement.micro_batch)
+        "global_batch_size": ranks
+        * int(measurement.micro_batch)
         * (int(accumulation[1]) if accumulation else 1),
     }
     if measurement.method == "lora":
@@ -209,7 +214,7 @@ def print_table(compared: list[Comparison]) -> None:
         stated = f"{one.stated:7.2f} {one.error:+6.1f} %" if one.stated else " " * 16
         verdict = {True: "fits", False: "does not fit", None: "-"}[one.fits]
         print(
-            f"{one.id:>4} {one.kind or '-':<10} {one.predicted:7.2f} {stated} "
+            f"{one.id:>4} {one.kind or '-':<21} {one.predicted:7.2f} {stated} "
             f" {one.outcome:<3} {verdict:<12}  {one.model}: {one.setting}"
         )
 

@@ -15,7 +15,7 @@ from architectures import DISTINCT, config_of
 
 MEASUREMENTS = Path(__file__).parent / "measurements.csv"
 
-_TRUNCATED = re.compile(r"real lengths shorter|short samples|unpacked|short padded|samples are shorter")
+_TRUNCATED = re.compile(r"real lengths shorter|short(er)? (padded|samples)|unpacked|are shorter")
 _PARALLEL = re.compile(
     r"impl=FSDP|impl=device_map|model.parallel|tensor parallel|sequence parallel (?!1\b)|sequence p"
     r"arallel over|\bTP\d|hybrid-engine",
@@ -28,13 +28,20 @@ _OTHER_KERNELS = re.compile(
 )
 _GENERATES = re.compile(r"generat", re.IGNORECASE)
 _SATURATED = re.compile(r"saturat|fills? (the card|4 x)", re.IGNORECASE)
-_CONTRADICTED = re.compile(r"contradicts|weak label|suspicious|do not use|low quality", re.IGNORECASE)
+_CONTRADICTED = re.compile(
+    r"contradicts|weak label|suspicious|do not use|low quality", re.IGNORECASE
+)
 _EARLY_LOSS = ("hpcaitech/ColossalAI-Pytorch-lightning",)
 """GPT-2 of 2022, whose loss stays in fp16; since then transformers takes the logits to fp32."""
 
 _QUANTISED = re.compile(r"int4|int8|nf4|4-bit|fp8|gptq")
 _PURE = re.compile(r"pure|bf16 states|bf16-true")
+_UNLIKE_LENGTHS = re.compile(r"lengths \d+\+-\d+")
 _KINDS = {"alloc": "allocated", "reserved": "reserved", "smi": "nvidia-smi"}
+RESERVED_OVER_UNLIKE = "reserved, unlike rows"
+"""Rows of one length are what is estimated. Where each has its own, blocks that the allocator keeps
+fit no later row, and what it has reserved in the end depends on their order (so that figures fall
+with the length, or grow by several times what a token takes); the outcome is still one."""
 
 
 @dataclass(frozen=True, slots=False, kw_only=True)
@@ -53,7 +60,11 @@ class Measurement:
     def kind(self) -> str | None:
         """What the figure measures: allocated, reserved or nvidia-smi; None without a figure."""
         tag = re.search(r"\[mem=(\w+)", self.notes)
-        return _KINDS[tag[1]] if tag and self.peak_mem_gib_per_gpu else None
+        if not (tag and self.peak_mem_gib_per_gpu):
+            return None
+        kind = _KINDS[tag[1]]
+        unlike = kind == "reserved" and _UNLIKE_LENGTHS.search(self.notes)
+        return RESERVED_OVER_UNLIKE if unlike else kind
 
     @cached_property
     def capacity_gib(self) -> float | None:
@@ -97,7 +108,7 @@ class Measurement:
             yield "generation beside training"
         if self.method == "full" and _PURE.search(precision):
             yield "full fine-tuning without fp32 weights or moments"
-        if self.method == "full" and self.zero_stage == "0" and "fp32" != precision[:4]:
+        if self.method == "full" and self.zero_stage == "0" and not precision.startswith("fp32"):
             yield "mixed precision by autocast, without DeepSpeed"
         if self.source_repo in _EARLY_LOSS:
             yield "a loss in fp16, of an earlier framework"
