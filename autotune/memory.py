@@ -91,6 +91,7 @@ def estimate_memory(
             compute_bytes=job.compute_bytes,
             accumulates=accumulates,
             gloo=not cluster.has_separate_memory,
+            offloads=structure.offload_optimizer != "none" and cluster.has_separate_memory,
         )
         moments = profile.trace(structure.checkpointing).moments
         peak = _Peak.of(moments, engine, space.micro_batch_size[places], longest_row)
@@ -186,19 +187,21 @@ def _terms(
         "logits_bytes": peak.logits,
         "buffers_bytes": peak.buffers,
         "other_bytes": np.maximum(0.0, elsewhere - peak.total),
-        "host_bytes": weights * params_off + optimizer * optimizer_off,
+        "host_bytes": weights * params_off
+        + optimizer * optimizer_off
+        + zero.offloaded_gradients(engine),
     }
 
 
 def _creation(engine: Engine, cluster: Cluster) -> float:
     """Return what building the engine takes.
 
-    Stages 1 and 2 flatten the weights beside themselves, on the device if it has as much free by
+    Stages 1 and 2 flatten the trained weights beside themselves, on the device if it has as much free by
     then and else on the host (stage_1_and_2.py, flatten_on_accelerator).
     """
     if engine.zero_stage not in {1, 2}:
         return 0.0
-    flattened = 2.0 * zero.weights(engine)
+    flattened = zero.weights(engine) + zero.flattened(engine)
     runtime = fixed_runtime_bytes(cluster) if cluster.has_separate_memory else 0
     return flattened if flattened + runtime <= cluster.device_memory_bytes else 0.0
 

@@ -136,6 +136,7 @@ class Engine:
         compute_bytes: of an element of the type that the model computes in.
         accumulates: whether an update takes more than one micro-step.
         gloo: whether collectives are gloo's, as they are on a CPU.
+        offloads: whether the optimizer is in host memory, as gradients are then once reduced.
     """
 
     shards: Shards
@@ -143,6 +144,7 @@ class Engine:
     compute_bytes: int
     accumulates: bool
     gloo: bool
+    offloads: bool = False
 
     @property
     def share(self) -> int:
@@ -162,6 +164,11 @@ def weights(engine: Engine) -> float:
         return float(size * (shards.shard + shards.frozen_shard))
     flat = shards.elements if engine.zero_stage == 0 else shards.ranks * shards.partition
     return float(size * (flat + shards.frozen_elements))
+
+
+def flattened(engine: Engine) -> float:
+    """Return the flat copy of the trained weights with which stages 1 and 2 begin."""
+    return float(engine.compute_bytes * engine.shards.ranks * engine.shards.partition)
 
 
 def optimizer(engine: Engine) -> float:
@@ -192,6 +199,8 @@ def gradients_in_pass(engine: Engine, handed_over: Floats) -> Floats:
         case 0 | 1:
             elements = np.full_like(handed_over, shards.elements)
             elements = elements if engine.accumulates else handed_over
+        case _ if engine.offloads:
+            elements = np.zeros_like(handed_over)
         case 2:
             filled = (handed_over > shards.bucket) & (shards.elements > shards.bucket)
             kept = float(engine.accumulates) + filled
@@ -210,30 +219,40 @@ def buffers_in_pass(engine: Engine, handed_over: Floats) -> Floats:
     stage3.py).
     """
     shards, size = engine.shards, engine.compute_bytes
+    passage = _passage(engine)
     begun = handed_over > 0
     full = begun & (shards.elements > shards.bucket) & (handed_over >= shards.bucket)
     match engine.zero_stage:
         case 0:
             return np.zeros_like(handed_over)
         case 1:
-            return np.asarray(size * shards.bucket * (begun | engine.accumulates), np.float64)
+            bucket = shards.bucket * (1.0 * (begun | engine.accumulates))
+            return np.asarray(size * (bucket + passage), np.float64)
         case 2:
-            return np.asarray(size * shards.bucket * (1.0 * begun + full), np.float64)
+            return np.asarray(size * (shards.bucket * (1.0 * begun + full) + passage), np.float64)
         case _:
             bucket = shards.bucket * (1.0 + full * _copies_to_scatter(engine))
             return np.asarray(size * (bucket + _gathered(shards, handed_over)), np.float64)
 
 
+def _passage(engine: Engine) -> int:
+    """Return the elements of the buffer through which stages 1 and 2 offload a gradient.
+
+    As long as the largest (temp_grad_buffer_for_gpu_offload of stage_1_and_2.py).
+    """
+    return engine.shards.largest * (engine.offloads and engine.zero_stage < 3)  # noqa: PLR2004
+
+
 def _gathered(shards: Shards, handed_over: Floats) -> Floats:
     """Return the weights that stage 3 has gathered.
 
-    What is used again within max_reuse_distance is kept (__params_to_release of
-    partitioned_param_coordinator.py): at the turn from forward to backward that is half of it on
-    either side. Beyond, it is what is at work and what is fetched ahead.
+    What is needed next is gathered ahead, a module at a time, until max_live_parameters are
+    (fetch_sub_module of partitioned_param_coordinator.py), and what was used is kept where it is
+    used again within as many (__params_to_release), so that there are as many at the turn from
+    forward to backward and from there on.
     """
     to_come = np.maximum(0.0, shards.gathered - handed_over)
-    kept = MAX_LIVE_PARAMETERS / 2 + shards.prefetched
-    return np.minimum(to_come, kept) + shards.persistent
+    return np.minimum(to_come, MAX_LIVE_PARAMETERS) + shards.persistent
 
 
 def _copies_to_scatter(engine: Engine) -> int:
@@ -253,21 +272,21 @@ def reducing(engine: Engine) -> float:
     bucket is in the partition's own gradients, or at stage 1 still to come.
     """
     shards, size = engine.shards, engine.compute_bytes
-    whole = shards.elements
+    whole, passage = shards.elements, _passage(engine)
     bucket = min(whole, shards.bucket)
     match engine.zero_stage:
         case 0:
             return float(size * (whole + min(whole, _ALL_REDUCE_ELEMENTS)))
         case 1:
-            left = max(whole - bucket, shards.most_overlapped if whole > bucket else 0)
-            return float(size * (left + 2 * bucket))
+            reduced = shards.most_overlapped * (whole > bucket and not engine.offloads)
+            return float(size * (max(whole - bucket, reduced) + 2 * bucket + passage))
         case 2:
-            kept = float(engine.accumulates) + (whole > bucket)
-            return float(size * (kept * shards.most_overlapped + 2 * bucket))
+            kept = 0.0 if engine.offloads else float(engine.accumulates) + (whole > bucket)
+            return float(size * (kept * shards.most_overlapped + 2 * bucket + passage))
         case _:
             gathered = shards.persistent + shards.outermost
             bucket *= 1 + _copies_to_scatter(engine)
-            return float(size * (shards.shard + bucket + gathered))
+            return float(size * (shards.shard * (not engine.offloads) + bucket + gathered))
 
 
 def updating(engine: Engine, temporaries: int) -> float:
@@ -275,7 +294,7 @@ def updating(engine: Engine, temporaries: int) -> float:
 
     The gradients of the share are made flat and fp32. torch's AdamW then takes temporaries as long
     as what it updates at once (torch/optim/adam.py): at stage 0 one parameter after the other, else
-    the whole share, at stage 3 no more than a sub-group.
+    the whole share, at stage 3 no more than a sub-group. Offloaded, all that is on the host.
 
     Args:
         engine: as it is set up.
@@ -283,6 +302,8 @@ def updating(engine: Engine, temporaries: int) -> float:
     """
     shards, size = engine.shards, engine.compute_bytes
     converted = FP32 * (size < FP32)
+    if engine.offloads:
+        return float(size * (_passage(engine) + shards.bucket * (engine.zero_stage == 3)))  # noqa: PLR2004
     match engine.zero_stage:
         case 0:
             kept = (size + converted) * shards.elements
@@ -297,3 +318,18 @@ def updating(engine: Engine, temporaries: int) -> float:
             bucket = size * shards.bucket
             moving = max(flattened, (1 + temporaries) * FP32 * at_once)
             return float(size * shards.shard + bucket + moving)
+
+
+def offloaded_gradients(engine: Engine) -> float:
+    """Return what of the gradients is in host memory beside an offloaded optimizer.
+
+    Those of the share in fp32, as the update takes them, and as they were reduced; stages 1 and 2
+    (stage_1_and_2.py) have a pinned copy of the largest and those of earlier micro-steps besides
+    (accumulated_grads_in_cpu), stage 3 the flat buffer of its shard.
+    """
+    if not engine.offloads:
+        return 0.0
+    size, more = engine.compute_bytes, 0
+    if engine.zero_stage < 3:  # noqa: PLR2004 - a ZeRO stage
+        more = engine.shards.largest + engine.share * engine.accumulates
+    return float((FP32 + size) * engine.share + size * more)

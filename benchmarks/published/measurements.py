@@ -102,7 +102,7 @@ class Measurement:
                 yield f"a setting is not stated ({name})"
         if not self.seq_len.isdigit() or self.grad_ckpt not in {"yes", "no"}:
             yield "a setting is not one of ours"
-        if _TRUNCATED.search(notes):
+        if _TRUNCATED.search(notes) or _is_short(notes):
             yield "rows shorter than the stated length"
         if _GENERATES.search(notes):
             yield "generation beside training"
@@ -122,6 +122,11 @@ class Measurement:
             )
         if self.kind is None and self.capacity_gib is None:
             yield "neither a figure nor the size of the GPU"
+
+
+def _is_short(notes: str) -> bool:
+    """Whether rows are those of Alpaca, short of any usual limit, neither packed nor measured."""
+    return "alpaca" in notes.casefold() and "padded to the longest sample" not in notes
 
 
 def read(path: Path = MEASUREMENTS) -> list[Measurement]:

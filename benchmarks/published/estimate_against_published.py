@@ -1,6 +1,6 @@
 """Holds `autotune estimate` against published GPU measurements.
 
-    python benchmarks/published/compare.py [--from TABLE.csv [--keep]]
+    python benchmarks/published/estimate_against_published.py [--from TABLE.csv [--keep]]
 
 Each row that the estimate can express is put to the code behind `autotune estimate`, the GPU by its
 name. A figure of allocated memory is held against allocated_bytes, one of nvidia-smi against

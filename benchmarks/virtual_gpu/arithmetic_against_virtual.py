@@ -1,6 +1,6 @@
 """Holds the arithmetic against virtual runs of DeepSpeed on GPUs that are only named.
 
-    python benchmarks/virtual_gpu/compare.py [--model NAME] [--continue]
+    python benchmarks/virtual_gpu/arithmetic_against_virtual.py [--model NAME] [--continue]
 
 Full depth, allocated bytes of the worst rank. Each virtual run takes 10 to 70 seconds of one core.
 Prints a line a setting and writes benchmarks/results/virtual_gpu.json; --continue goes on after
@@ -40,7 +40,7 @@ class Case:
     seq_length: int = 2048
 
 
-def _case(gpus: str, model: str, place: tuple[int, Offload, Offload], **changes: Any) -> Case:  # noqa: ANN401
+def case(gpus: str, model: str, place: tuple[int, Offload, Offload], **changes: Any) -> Case:  # noqa: ANN401
     stage, optimizer, parameters = place
     return Case(
         model=model,
@@ -64,23 +64,23 @@ PLACES: tuple[tuple[int, Offload, Offload], ...] = (
 )
 GRID = (
     *(
-        _case("8xA100-80GB", "llama-2-7b", place, seq_length=length, checkpointing=checkpointing)
+        case("8xA100-80GB", "llama-2-7b", place, seq_length=length, checkpointing=checkpointing)
         for place, (length, checkpointing) in itertools.product(
             PLACES, ((4096, "full"), (1024, "none"))
         )
     ),
     *(
-        _case("8xRTX3090-24GB", "chatglm3-6b", place, seq_length=length, accumulation=4)
+        case("8xRTX3090-24GB", "chatglm3-6b", place, seq_length=length, accumulation=4)
         for place, length in itertools.product(PLACES[1:], (1280, 3256))
     ),
     *(
-        _case(
+        case(
             "4xA100-80GB", "qwen2.5-7b", place, precision="fp16", micro_batch_size=2, accumulation=1
         )
         for place in PLACES[1:]
     ),
     *(
-        _case("2xH200-141GB", "mistral-7b-v0.3", place, micro_batch_size=4, checkpointing="none")
+        case("2xH200-141GB", "mistral-7b-v0.3", place, micro_batch_size=4, checkpointing="none")
         for place in PLACES[1:]
     ),
 )
