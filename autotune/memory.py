@@ -135,13 +135,19 @@ class _Peak:
     def of(cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int) -> "_Peak":
         """Take the moment at which activations, gradients and buffers together are the most."""
         powers = np.array([1.0, length, float(length) ** 2])
-        of_a_row, of_a_batch, logits = (
-            np.array([_coefficients(moment, name) for moment in moments]) @ powers
-            for name in ("rows_bytes", "batch_bytes", "logits_bytes")
+        names = ("rows_bytes", "batch_bytes", "logits_bytes")
+        columns = [
+            np.array([_coefficients(moment, name) for moment in moments]) @ powers for name in names
+        ]
+        rest = [
+            np.array([getattr(moment, name) for moment in moments], dtype=np.float64)
+            for name in ("gradients", "hands_over")
+        ]
+        of_a_row, of_a_batch, logits, handed_over, hands_over = _with_full_bucket(
+            np.array([*columns, *rest]), engine.shards.bucket
         )
-        handed_over = np.array([moment.gradients for moment in moments])
         gradients = zero.gradients_in_pass(engine, handed_over)
-        buffers = zero.buffers_in_pass(engine, handed_over)
+        buffers = zero.buffers_in_pass(engine, handed_over, hands_over > 0)
         alive = rows[:, None] * of_a_row + of_a_batch
         place = np.argmax(alive + gradients + buffers, axis=1)
         alive = alive[np.arange(len(rows)), place]
@@ -156,6 +162,27 @@ class _Peak:
     def total(self) -> Floats:
         total: Floats = self.activations + self.gradients + self.buffers
         return total
+
+
+def _with_full_bucket(moments: Floats, bucket: int) -> Floats:
+    """Add the moment at which gradients fill the bucket for the first time, between its neighbours.
+
+    It can be the peak without being one of the model's own. What comes before and after it is alike
+    but for the layers that are done by then.
+
+    Args:
+        moments: columns in the order of a pass; bytes for each row, of the batch and of the logits,
+            elements whose gradients are handed over, and whether one is just then.
+        bucket: elements.
+    """
+    handing = np.flatnonzero(moments[-1])
+    later = handing[moments[-2, handing] >= bucket]
+    earlier = handing[moments[-2, handing] < bucket]
+    if not len(later) or not len(earlier):
+        return moments
+    before, after = moments[:, earlier[-1]], moments[:, later[0]]
+    share = (bucket - before[-2]) / (after[-2] - before[-2])
+    return np.insert(moments, later[0], before + share * (after - before), axis=1)
 
 
 def _coefficients(moment: Moment, name: str) -> tuple[float, float, float]:

@@ -147,6 +147,7 @@ class Moment:
         logits_bytes: the share of `rows_bytes` in tensors as wide as the vocabulary.
         gradients: elements of the parameters whose gradients are handed over by then.
         backward: whether the backward pass has begun.
+        hands_over: whether a gradient is handed over just then, as when a bucket is reduced.
     """
 
     rows_bytes: Polynomial
@@ -154,6 +155,7 @@ class Moment:
     logits_bytes: Polynomial
     gradients: float
     backward: bool
+    hands_over: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -210,7 +210,7 @@ def gradients_in_pass(engine: Engine, handed_over: Floats) -> Floats:
     return np.asarray(engine.compute_bytes * elements, dtype=np.float64)
 
 
-def buffers_in_pass(engine: Engine, handed_over: Floats) -> Floats:
+def buffers_in_pass(engine: Engine, handed_over: Floats, hands_over: NDArray[np.bool_]) -> Floats:
     """Return the buckets and the gathered weights while a pass runs.
 
     Stages 1 and 2 make their bucket for the first gradient of a micro-step (setup_buckets of
@@ -221,7 +221,7 @@ def buffers_in_pass(engine: Engine, handed_over: Floats) -> Floats:
     shards, size = engine.shards, engine.compute_bytes
     passage = _passage(engine)
     begun = handed_over > 0
-    full = begun & (shards.elements > shards.bucket) & (handed_over >= shards.bucket)
+    full = hands_over & (shards.elements > shards.bucket) & (handed_over >= shards.bucket)
     match engine.zero_stage:
         case 0:
             return np.zeros_like(handed_over)

@@ -13,7 +13,11 @@ from autotune.profile.live_bytes import LiveBytes, Parts
 from autotune.workload import Moment, Polynomial
 
 Floats = NDArray[np.float64]
+Places = NDArray[np.int64]
 Points = Sequence[tuple[int, int]]
+
+_HANDED_OVER = "a gradient is handed over"
+"""Stands among the operators where DeepSpeed takes a gradient over, and may reduce a full bucket."""
 
 _LEVELS = 16
 """Shares of the gradients for which a peak is kept where passes differ in their operators."""
@@ -95,6 +99,7 @@ class _Recorder(LiveBytes):
         self._device = device.type
 
     def take_gradient(self, parameter: torch.Tensor) -> None:
+        self._write_down(_HANDED_OVER)
         self._handed_over += parameter.numel()
         parameter.grad = None
 
@@ -108,11 +113,14 @@ class _Recorder(LiveBytes):
         before = self.operators
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if self.operators > before:
-            self.names.append(str(func))
-            self.bytes.append(self.current[self._device])
-            self.logits.append(self._current_parts[self._device]["logits"])
-            self.gradients.append(self._handed_over)
+            self._write_down(str(func))
         return result
+
+    def _write_down(self, name: str) -> None:
+        self.names.append(name)
+        self.bytes.append(self.current[self._device])
+        self.logits.append(self._current_parts[self._device]["logits"])
+        self.gradients.append(self._handed_over)
 
 
 class _ByWidth(Parts):
@@ -169,7 +177,8 @@ def moments_of(points: Points, timelines: Sequence[Timeline]) -> tuple[Moment, .
         timelines = [_by_level(one) for one in timelines]
     bytes_ = _coefficients(points, [one.bytes for one in timelines])
     logits = _coefficients(points, [one.logits for one in timelines])
-    gradients, backward = timelines[0].gradients, timelines[0].backward
+    operators, gradients = timelines[0].operators, timelines[0].gradients
+    backward = timelines[0].backward
     return tuple(
         Moment(
             batch_bytes=_polynomial(bytes_[:3, place]),
@@ -177,8 +186,9 @@ def moments_of(points: Points, timelines: Sequence[Timeline]) -> tuple[Moment, .
             logits_bytes=_polynomial(logits[3:, place]),
             gradients=float(gradients[place]),
             backward=place >= backward,
+            hands_over=operators[place] == _HANDED_OVER,
         )
-        for place in _peaks(bytes_, gradients, backward)
+        for place in _peaks(bytes_, gradients, _kinds(operators, backward))
     )
 
 
@@ -200,16 +210,23 @@ def _polynomial(coefficients: Floats) -> Polynomial:
     return Polynomial(c0=c0, c1=c1, c2=c2)
 
 
-def _peaks(bytes_: Floats, gradients: Floats, backward: int) -> list[int]:
+def _kinds(operators: Sequence[str], backward: int) -> list[Places]:
+    """Return the places of the forward pass, of the backward pass, and where it hands over."""
+    place = np.arange(len(operators))
+    hands_over = np.array(operators) == _HANDED_OVER
+    kinds = (place < backward, (place >= backward) & ~hands_over, hands_over)
+    return [np.flatnonzero(kind) for kind in kinds if kind.any()]
+
+
+def _peaks(bytes_: Floats, gradients: Floats, kinds: Sequence[Places]) -> list[int]:
     """Return the places that are the highest for some rows, length and cost of a gradient."""
     found = set()
-    halves = [half for half in (range(backward), range(backward, len(gradients))) if len(half)]
     for rows in _ROWS_TRIED:
         for length in _LENGTHS_TRIED:
             alive = np.array(_basis(rows, length)) @ bytes_
             for cost in _BYTES_OF_A_GRADIENT:
                 total = alive + cost * gradients
-                found |= {half[int(np.argmax(total[half.start : half.stop]))] for half in halves}
+                found |= {int(places[np.argmax(total[places])]) for places in kinds}
     return sorted(found)
 
 
@@ -223,7 +240,7 @@ def _by_level(timeline: Timeline) -> Timeline:
     kept = [int(np.argmax(np.where(inside, timeline.bytes, -1.0))) for inside in ranges]
     return replace(
         timeline,
-        operators=("",) * len(kept),
+        operators=("", *[_HANDED_OVER] * _LEVELS),
         backward=1,
         **{name: getattr(timeline, name)[kept] for name in ("bytes", "logits", "gradients")},
     )
