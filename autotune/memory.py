@@ -14,7 +14,7 @@ from autotune import zero
 from autotune.hardware import Cluster
 from autotune.setting import Structure
 from autotune.space import Space
-from autotune.workload import Job, ModelProfile, Moment
+from autotune.workload import Job, ModelProfile, Moment, Trace
 from autotune.zero import Engine, Shards
 
 Floats = NDArray[np.float64]
@@ -90,8 +90,8 @@ def estimate_memory(
             accumulates=accumulates,
             gloo=not cluster.has_separate_memory,
         )
-        moments = profile.trace(structure.checkpointing).moments
-        peak = _Peak.of(moments, engine, space.micro_batch_size[places], longest_row)
+        trace = profile.trace(structure.checkpointing)
+        peak = _Peak.of_trace(trace, engine, space.micro_batch_size[places], longest_row)
         for name, values in _terms(structure, engine, cluster, peak).items():
             columns[name][places] = values
     allocated = np.sum([columns[name] for name in PARTS], axis=0)
@@ -127,6 +127,19 @@ class _Peak:
     logits: Floats
     gradients: Floats
     buffers: Floats
+
+    @classmethod
+    def of_trace(cls, trace: Trace, engine: Engine, rows: Ints, length: int) -> "_Peak":
+        single = cls.of(trace.one_row, engine, rows, length)
+        several = cls.of(trace.more_rows, engine, rows, length)
+        return cls(
+            **{
+                field.name: np.where(
+                    rows == 1, getattr(single, field.name), getattr(several, field.name)
+                )
+                for field in fields(cls)
+            }
+        )
 
     @classmethod
     def of(

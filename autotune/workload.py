@@ -133,12 +133,15 @@ class Trace:
     """One way to run the model's forward and backward pass, traced.
 
     Attributes:
-        moments: one of them is the peak, whatever rows, length and ZeRO stage are.
+        one_row: moments of a batch of a single row, one of which is the peak, whatever its length
+            and the ZeRO stage are.
+        more_rows: the same of larger batches, for which torch makes some copies more.
         flops: forward and backward, recomputation included.
         operators: operators that a forward and backward pass starts.
     """
 
-    moments: tuple[Moment, ...]
+    one_row: tuple[Moment, ...]
+    more_rows: tuple[Moment, ...]
     flops: Polynomial
     operators: float
 

@@ -113,7 +113,8 @@ def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
 
 def _trace_from_json(fields: dict[str, Any]) -> Trace:
     return Trace(
-        moments=tuple(_moment_from_json(moment) for moment in fields["moments"]),
+        one_row=tuple(map(_moment_from_json, fields["one_row"])),
+        more_rows=tuple(map(_moment_from_json, fields["more_rows"])),
         flops=Polynomial(**fields["flops"]),
         operators=fields["operators"],
     )

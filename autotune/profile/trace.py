@@ -6,7 +6,7 @@ costs is then known, and everything grows with the number of layers from there.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autotune.engine.model import DTYPES, enable_checkpointing
 from autotune.profile.live_bytes import FixedScalars
 from autotune.profile.request import TraceRequest
-from autotune.profile.timeline import Timeline, at_depth, follow_pass, moments_of
+from autotune.profile.timeline import (
+    Layer,
+    Points,
+    Timeline,
+    deepened,
+    follow_pass,
+    moments_of,
+    work_of,
+)
 from autotune.workload import ModelProfile, Polynomial, Trace
 
 _LONGEST = 4096
 _NO_LIMIT = 2**20
 """Positions of a model that takes rows of any length."""
 
-_ROWS = (1, 2)
-_DEPTHS = (2, 3)
+_DEPTH = 3
+"""Layers that are traced of a deeper model: a first, a last and one between."""
 
 def trace_model(request: TraceRequest) -> ModelProfile:
     """Count the parameters and trace forward and backward with and without checkpointing."""
@@ -105,13 +113,17 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _trace(config: Any, request: TraceRequest, mode: str) -> Trace:  # noqa: ANN401
-    points = [(rows, length) for rows in _ROWS for length in _traced_lengths(config)]
-    timelines = [_at_full_depth(config, request, mode, *point) for point in points]
-    of_one_row = timelines[: len(points) // len(_ROWS)]
+    """Trace batches of one row, which spare torch some copies, and of more."""
+    lengths = _traced_lengths(config)
+    one, more = (
+        [(rows, length) for rows in several for length in lengths] for several in ((1,), (2, 3))
+    )
+    of_one = _passes(config, request, mode, one)
     return Trace(
-        moments=moments_of(points, timelines),
-        flops=_through(_traced_lengths(config), [float(one.flops) for one in of_one_row]),
-        operators=max(one.allocations for one in of_one_row),
+        one_row=moments_of(one, of_one.timelines),
+        more_rows=moments_of(more, _passes(config, request, mode, more).timelines),
+        flops=_through(lengths, [flops for flops, _ in of_one.work]),
+        operators=max(operators for _, operators in of_one.work),
     )
 
 
@@ -120,21 +132,30 @@ def _through(lengths: Sequence[int], values: Sequence[float]) -> Polynomial:
     return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
 
 
-def _at_full_depth(
-    config: Any,  # noqa: ANN401 - PretrainedConfig
-    request: TraceRequest,
-    mode: str,
-    rows: int,
-    length: int,
-) -> Timeline:
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """Passes at several points, and the FLOPs and operators of each."""
+
+    timelines: list[Timeline]
+    work: list[tuple[float, float]]
+
+
+def _passes(config: Any, request: TraceRequest, mode: str, points: Points) -> _Passes:  # noqa: ANN401
     """Trace a few layers and go on from there, or all of them where they are few."""
     layers = config.get_text_config().num_hidden_layers
-    if layers <= _DEPTHS[-1]:
-        return _run(config, request, mode, rows, length)
-    smaller, larger = (
-        _run(_with_depth(config, depth), request, mode, rows, length) for depth in _DEPTHS
+    more = layers - _DEPTH
+    if more <= 0:
+        whole = [_run(config, request, mode, *point) for point in points]
+        return _Passes(whole, [work_of(one, None, 0) for one in whole])
+    shallow = _with_depth(config, _DEPTH)
+    timelines = [_run(shallow, request, mode, *point) for point in points]
+    layer = Layer.between(
+        _run(_with_depth(config, _DEPTH - 1), request, mode, *points[0]), timelines[0]
     )
-    return at_depth(layers, smaller, larger, _DEPTHS)
+    return _Passes(
+        [deepened(one, layer, more) for one in timelines],
+        [work_of(one, layer, more) for one in timelines],
+    )
 
 
 def _run(
