@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,10 @@ from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import UsageError
 from autotune.hardware import Cluster, Rates
+from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
+from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached
 from autotune.setting import Setting
@@ -134,7 +136,14 @@ def look_into(
     options, cluster, source = question.options, question.cluster, question.source
     precision = choose_precision(options["precision"], cluster)
     trust = options["trust_remote_code"]
-    profile = _profile(source, precision, attention, logs, trust=trust)
+    request = TraceRequest(
+        model_dir=str(source.directory),
+        trust_remote_code=trust,
+        attention=attention,
+        precision=precision,
+        padded=bool(question.dataset),
+    )
+    profile = _profile(source, request, logs)
     limit = sequence_limit(options["max_seq_length"], profile)
     job = _job(options, source, precision, limit)
     _log.info(
@@ -260,25 +269,12 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
     )
 
 
-def _profile(
-    source: ModelSource,
-    precision: Any,  # noqa: ANN401 - a Precision
-    attention: str,
-    logs: Path,
-    *,
-    trust: bool,
-) -> ModelProfile:
+def _profile(source: ModelSource, request: TraceRequest, logs: Path) -> ModelProfile:
     from autotune.profile.child import profile_from_json, traced
-    from autotune.profile.request import TraceRequest
 
-    request = TraceRequest(
-        model_dir=str(source.directory),
-        trust_remote_code=trust,
-        attention=attention,
-        precision=precision,
-    )
     config = hashlib.blake2b((source.directory / "config.json").read_bytes()).hexdigest()
-    path = _cache_path("profiles", config, request.attention, precision, __version__, versions())
+    facts = replace(request, model_dir="")
+    path = _cache_path("profiles", config, facts, __version__, versions())
     return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 
@@ -319,6 +315,7 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
         VirtualRunUnavailableError: it cannot be run so here.
     """
     job, cluster = workload.job, workload.question.cluster
+    shards = shards_of(workload.profile, cluster.num_devices)
     request = VirtualRequest(
         spec=train_spec(job, setting, cluster, dataset_dir="", output_dir="", model_output_dir=""),
         ds_config=ds_config(job, setting, workload.profile, cluster),
@@ -326,6 +323,9 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         seq_length=int(workload.lengths.max()),
+        # A row is padded to the longest of its micro-batch.
+        padded=bool(workload.question.dataset) and setting.micro_batch_size > 1,
+        rank=shards.worst_rank if setting.structure.zero_stage in {1, 2} else 0,
     )
     path = _cache_path(
         "virtual", request, workload.question.source.content_hash(), versions(), __version__

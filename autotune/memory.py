@@ -146,6 +146,7 @@ class _Peak:
         cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int
     ) -> "_Peak":
         """Take the moment at which activations, gradients and buffers together are the most."""
+        moments = tuple(one for one in moments if one.lengths[0] <= length <= one.lengths[1])
         powers = np.array([1.0, length, float(length) ** 2])
         of_a_row, of_a_batch, logits = (
             np.array([_coefficients(moment, name) for moment in moments]) @ powers

@@ -118,14 +118,14 @@ class Moment:
         batch_bytes: those that do not depend on the number of rows, as of a gradient just made.
         logits_bytes: the share of `rows_bytes` in tensors as wide as the vocabulary.
         gradients: elements of the parameters whose gradients are handed over by then.
-        backward: whether the backward pass has begun.
+        lengths: the shortest and the longest row that it may be the peak for.
     """
 
     rows_bytes: Polynomial
     batch_bytes: Polynomial
     logits_bytes: Polynomial
     gradients: float
-    backward: bool
+    lengths: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,7 +86,7 @@ def make_moment(c0: float, c1: float, c2: float, *, logits: float = 0.0) -> Mome
         batch_bytes=Polynomial(c0=0.0, c1=0.0, c2=0.0),
         logits_bytes=Polynomial(c0=0.0, c1=logits, c2=0.0),
         gradients=0.0,
-        backward=True,
+        lengths=(1, 2**20),
     )
 
 

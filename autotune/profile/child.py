@@ -124,7 +124,7 @@ def _moment_from_json(fields: dict[str, Any]) -> Moment:
     polynomials = {
         name: Polynomial(**fields[name]) for name in ("rows_bytes", "batch_bytes", "logits_bytes")
     }
-    return Moment(**{**fields, **polynomials})
+    return Moment(**{**fields, **polynomials, "lengths": tuple(fields["lengths"])})
 
 
 def rates_from_json(fields: dict[str, Any]) -> Rates:

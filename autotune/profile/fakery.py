@@ -28,11 +28,16 @@ _RANK_COMPARISONS = tuple(
 
 @contextmanager
 def faked(
-    device_kind: str, *, rank: int, ranks: int, free_device_bytes: Callable[[], int] = lambda: 0
+    device_kind: str,
+    *,
+    rank: int,
+    ranks: int,
+    padded: bool = True,
+    free_device_bytes: Callable[[], int] = lambda: 0,
 ) -> Iterator[None]:
     """Be one of `ranks` ranks over fake tensors, on the CPU or on a virtual device.
 
-    `free_device_bytes` answers DeepSpeed's question what a virtual device has left.
+    Batches are taken for ones with padding if they are `padded`. `free_device_bytes` answers DeepSpeed's question what a virtual device has left.
 
     Raises:
         VirtualRunUnavailableError: a library lacks a name that has to give way.
@@ -47,6 +52,7 @@ def faked(
             stand_ins |= _device_stand_ins(free_device_bytes)
         for target, stand_in in stand_ins.items():
             stack.enter_context(replaced(target, stand_in))
+        stack.enter_context(padding(present=padded))
         stack.enter_context(_process_group(rank, ranks))
         # Constants that libraries made at import, real ones, meet fake tensors.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -103,6 +109,28 @@ def _agree(_ints: list[int]) -> None:
 
 def _nothing() -> None:
     return None
+
+
+_MASK_TEST = "transformers.masking_utils._ignore_causal_mask_sdpa"
+
+
+@contextmanager
+def padding(*, present: bool) -> Iterator[None]:
+    """Take masks that have no values for ones of rows with padding, or without.
+
+    transformers takes the causal kernel of SDPA if there is no padding. It never does for a fake
+    mask, so it is shown none.
+    """
+    if present:
+        yield
+        return
+    test = pkgutil.resolve_name(_MASK_TEST)
+
+    def test_without(_mask: torch.Tensor | None, *args: object, **kwargs: object) -> object:
+        return test(None, *args, **kwargs)
+
+    with replaced(_MASK_TEST, test_without):
+        yield
 
 
 @contextmanager

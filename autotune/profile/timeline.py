@@ -176,8 +176,12 @@ def work_of(timeline: Timeline, layer: Layer | None, more: int) -> tuple[float, 
     return flops + more * float(a_layer), allocations + more * (layer.forward + layer.backward)
 
 
-def moments_of(points: Points, timelines: Sequence[Timeline]) -> tuple[Moment, ...]:
+def moments_of(
+    points: Points, timelines: Sequence[Timeline], lengths: tuple[int, int]
+) -> tuple[Moment, ...]:
     """Return the moments of a pass of which one is the peak, from passes at (rows, length) points.
+
+    Between the two `lengths` every pass has the same operators.
 
     A storage is as large as a product of rows and lengths, so what is alive at a moment is
     a + b s + c s^2 + m (d + e s + f s^2) bytes; three lengths with two numbers of rows give it. Of
@@ -194,7 +198,7 @@ def moments_of(points: Points, timelines: Sequence[Timeline]) -> tuple[Moment, .
             rows_bytes=_polynomial(bytes_[3:, place]),
             logits_bytes=_polynomial(logits[3:, place]),
             gradients=float(gradients[place]),
-            backward=place >= backward,
+            lengths=lengths,
         )
         for place in _peaks(bytes_, gradients, backward)
     )

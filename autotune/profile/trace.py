@@ -7,6 +7,7 @@ costs is then known, and everything grows with the number of layers from there.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autotune.engine.model import DTYPES, enable_checkpointing
+from autotune.profile.fakery import padding
 from autotune.profile.live_bytes import FixedScalars
 from autotune.profile.request import TraceRequest
 from autotune.profile.timeline import (
@@ -25,11 +27,14 @@ from autotune.profile.timeline import (
     moments_of,
     work_of,
 )
-from autotune.workload import ModelProfile, Polynomial, Trace
+from autotune.workload import ModelProfile, Moment, Polynomial, Trace
 
 _LONGEST = 4096
 _NO_LIMIT = 2**20
 """Positions of a model that takes rows of any length."""
+
+_SHARES = (0.25, 0.5, 1.0)
+"""Where in a span of lengths it is traced."""
 
 _DEPTH = 3
 """Layers that are traced of a deeper model: a first, a last and one between."""
@@ -82,10 +87,24 @@ def _positions(config: Any) -> int:  # noqa: ANN401 - PretrainedConfig
     return getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
 
 
-def _traced_lengths(config: Any) -> tuple[int, ...]:  # noqa: ANN401 - PretrainedConfig
-    """Return three lengths that the model takes: bytes are polynomials of degree two in them."""
-    longest = min(_LONGEST, _positions(config))
-    return (longest // 4, longest // 2, longest)
+def _spans(config: Any, *, padded: bool) -> list[tuple[int, int]]:  # noqa: ANN401
+    """Return the shortest and longest rows between which a model keeps tensors of the same kinds.
+
+    A mask that is not needed for padding is needed where rows outgrow a sliding window.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    last = _positions(config)
+    if padded or not window or window >= last - len(_SHARES):
+        return [(1, last)]
+    return [(1, window - 1), (window, last)]
+
+
+def _traced_lengths(span: tuple[int, int]) -> list[int]:
+    """Return three lengths within a span: bytes are polynomials of degree two in them."""
+    shortest, longest = span
+    furthest = min(longest, max(_LONGEST, 2 * shortest))
+    return [shortest + round(share * (furthest - shortest)) for share in _SHARES]
 
 
 def _with_depth(config: Any, depth: int) -> Any:  # noqa: ANN401 - PretrainedConfig
@@ -113,17 +132,23 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _trace(config: Any, request: TraceRequest, mode: str) -> Trace:  # noqa: ANN401
-    """Trace batches of one row, which spare torch some copies, and of more."""
-    lengths = _traced_lengths(config)
-    one, more = (
-        [(rows, length) for rows in several for length in lengths] for several in ((1,), (2, 3))
-    )
-    of_one = _passes(config, request, mode, one)
+    """Trace batches of one row, which have no padding and spare torch some copies, and of more."""
+    of_one = [
+        _passes(config, replace(request, padded=False), mode, rows=(1,), span=span)
+        for span in _spans(config, padded=False)
+    ]
+    of_more = [
+        _passes(config, request, mode, rows=(2, 3), span=span)
+        for span in _spans(config, padded=request.padded)
+    ]
+    longest = of_one[-1]
     return Trace(
-        one_row=moments_of(one, of_one.timelines),
-        more_rows=moments_of(more, _passes(config, request, mode, more).timelines),
-        flops=_through(lengths, [flops for flops, _ in of_one.work]),
-        operators=max(operators for _, operators in of_one.work),
+        one_row=tuple(chain.from_iterable(one.moments for one in of_one)),
+        more_rows=tuple(chain.from_iterable(one.moments for one in of_more)),
+        flops=_through(
+            [length for _, length in longest.points], [flops for flops, _ in longest.work]
+        ),
+        operators=max(operators for _, operators in longest.work),
     )
 
 
@@ -132,29 +157,37 @@ def _through(lengths: Sequence[int], values: Sequence[float]) -> Polynomial:
     return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Passes:
-    """Passes at several points, and the FLOPs and operators of each."""
+    """Passes at several points: their moments, and the FLOPs and operators of each."""
 
-    timelines: list[Timeline]
+    points: Points
+    moments: tuple[Moment, ...]
     work: list[tuple[float, float]]
 
 
-def _passes(config: Any, request: TraceRequest, mode: str, points: Points) -> _Passes:  # noqa: ANN401
+def _passes(
+    config: Any,  # noqa: ANN401 - PretrainedConfig
+    request: TraceRequest,
+    mode: str,
+    *,
+    rows: tuple[int, ...],
+    span: tuple[int, int],
+) -> _Passes:
     """Trace a few layers and go on from there, or all of them where they are few."""
-    layers = config.get_text_config().num_hidden_layers
-    more = layers - _DEPTH
-    if more <= 0:
-        whole = [_run(config, request, mode, *point) for point in points]
-        return _Passes(whole, [work_of(one, None, 0) for one in whole])
-    shallow = _with_depth(config, _DEPTH)
+    points = [(several, length) for several in rows for length in _traced_lengths(span)]
+    more = max(0, config.get_text_config().num_hidden_layers - _DEPTH)
+    shallow = _with_depth(config, _DEPTH) if more else config
     timelines = [_run(shallow, request, mode, *point) for point in points]
-    layer = Layer.between(
-        _run(_with_depth(config, _DEPTH - 1), request, mode, *points[0]), timelines[0]
-    )
+    layer = None
+    if more:
+        smaller = _run(_with_depth(config, _DEPTH - 1), request, mode, *points[0])
+        layer = Layer.between(smaller, timelines[0])
+    deep = timelines if layer is None else [deepened(one, layer, more) for one in timelines]
     return _Passes(
-        [deepened(one, layer, more) for one in timelines],
-        [work_of(one, layer, more) for one in timelines],
+        points=points,
+        moments=moments_of(points, deep, span),
+        work=[work_of(one, layer, more) for one in timelines],
     )
 
 
@@ -165,7 +198,11 @@ def _run(
     rows: int,
     length: int,
 ) -> Timeline:
-    with FakeTensorMode(allow_non_fake_inputs=True), FixedScalars():
+    with (
+        padding(present=request.padded),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FixedScalars(),
+    ):
         model = _build(config, request)
         model.config.use_cache = False
         enable_checkpointing(model, mode)
