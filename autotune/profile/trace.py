@@ -110,9 +110,11 @@ def _traced_lengths(span: tuple[int, int]) -> list[int]:
 def _with_depth(config: Any, depth: int) -> Any:  # noqa: ANN401 - PretrainedConfig
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
+    # Lists that say something of each layer, as of its kind of attention.
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, (value * depth)[:depth])
     text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
     return shallow
 
 
