@@ -25,6 +25,7 @@ from autotune.hardware import Cluster, DeviceKind, Rates
 from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
 from autotune.plan import Plan, make_plan
+from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached
 from autotune.setting import Setting
@@ -147,6 +148,7 @@ def look_into(
     options, cluster, source = question.options, question.cluster, question.source
     precision = choose_precision(options["precision"], cluster)
     trace = partial(_profile, options, source, precision, cluster.kind, logs, attention=attention)
+    trace = partial(trace, padded=bool(question.dataset))
     profile = trace(checkpointing=checkpointing)
     limit = sequence_limit(options["max_seq_length"], profile)
     job = _job(options, source, precision, limit)
@@ -301,10 +303,10 @@ def _profile(
     logs: Path,
     *,
     attention: str,
+    padded: bool,
     checkpointing: tuple[str, ...],
 ) -> ModelProfile:
     from autotune.profile.child import profile_from_json, traced
-    from autotune.profile.request import TraceRequest
 
     request = TraceRequest(
         model_dir=str(source.directory),
@@ -312,6 +314,7 @@ def _profile(
         attention=attention,
         precision=precision,
         device_kind=device_kind,
+        padded=padded,
         lora=lora_of(options),
         checkpointing=checkpointing,
     )
@@ -359,6 +362,7 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
         VirtualRunUnavailableError: it cannot be run so here.
     """
     job, cluster = workload.job, workload.question.cluster
+    shards = shards_of(workload.profile, cluster.num_devices)
     request = VirtualRequest(
         spec=train_spec(job, setting, cluster, dataset_dir="", output_dir="", model_output_dir=""),
         ds_config=ds_config(job, setting, workload.profile, cluster),
@@ -366,7 +370,9 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         seq_length=int(workload.lengths.max()),
-        rank=shards_of(workload.profile, cluster.num_devices).worst_rank,
+        # A row is padded to the longest of its micro-batch.
+        padded=bool(workload.question.dataset) and setting.micro_batch_size > 1,
+        rank=shards.worst_rank if setting.structure.zero_stage in {1, 2} else 0,
     )
     path = _cache_path(
         "virtual", request, workload.question.source.content_hash(), versions(), __version__

@@ -14,7 +14,7 @@ from autotune import zero
 from autotune.hardware import Cluster
 from autotune.setting import Structure
 from autotune.space import Space
-from autotune.workload import Job, ModelProfile, Moment
+from autotune.workload import Job, ModelProfile, Moment, Trace
 from autotune.zero import Engine, Shards
 
 Floats = NDArray[np.float64]
@@ -93,8 +93,8 @@ def estimate_memory(
             gloo=not cluster.has_separate_memory,
             offloads=structure.offload_optimizer != "none" and cluster.has_separate_memory,
         )
-        moments = profile.trace(structure.checkpointing).moments
-        peak = _Peak.of(moments, engine, space.micro_batch_size[places], longest_row)
+        trace = profile.trace(structure.checkpointing)
+        peak = _Peak.of_trace(trace, engine, space.micro_batch_size[places], longest_row)
         for name, values in _terms(structure, engine, cluster, peak).items():
             columns[name][places] = values
     allocated = np.sum([columns[name] for name in PARTS], axis=0)
@@ -132,8 +132,22 @@ class _Peak:
     buffers: Floats
 
     @classmethod
+    def of_trace(cls, trace: Trace, engine: Engine, rows: Ints, length: int) -> "_Peak":
+        single = cls.of(trace.one_row, engine, rows, length)
+        several = cls.of(trace.more_rows, engine, rows, length)
+        return cls(
+            **{
+                field.name: np.where(
+                    rows == 1, getattr(single, field.name), getattr(several, field.name)
+                )
+                for field in fields(cls)
+            }
+        )
+
+    @classmethod
     def of(cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int) -> "_Peak":
         """Take the moment at which activations, gradients and buffers together are the most."""
+        moments = tuple(one for one in moments if one.lengths[0] <= length <= one.lengths[1])
         powers = np.array([1.0, length, float(length) ** 2])
         names = ("rows_bytes", "batch_bytes", "logits_bytes")
         columns = [
@@ -223,8 +237,8 @@ def _terms(
 def _creation(engine: Engine, cluster: Cluster) -> float:
     """Return what building the engine takes.
 
-    Stages 1 and 2 flatten the trained weights beside themselves, on the device if it has as much free by
-    then and else on the host (stage_1_and_2.py, flatten_on_accelerator).
+    Stages 1 and 2 flatten the trained weights beside themselves, on the device if it has as much
+    free by then and else on the host (stage_1_and_2.py, flatten_on_accelerator).
     """
     if engine.zero_stage not in {1, 2}:
         return 0.0

@@ -146,16 +146,16 @@ class Moment:
         batch_bytes: those that do not depend on the number of rows, as of a gradient just made.
         logits_bytes: the share of `rows_bytes` in tensors as wide as the vocabulary.
         gradients: elements of the parameters whose gradients are handed over by then.
-        backward: whether the backward pass has begun.
         hands_over: whether a gradient is handed over just then, as when a bucket is reduced.
+        lengths: the shortest and the longest row that it may be the peak for.
     """
 
     rows_bytes: Polynomial
     batch_bytes: Polynomial
     logits_bytes: Polynomial
     gradients: float
-    backward: bool
     hands_over: bool
+    lengths: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +163,15 @@ class Trace:
     """One way to run the model's forward and backward pass, traced.
 
     Attributes:
-        moments: one of them is the peak, whatever rows, length and ZeRO stage are.
+        one_row: moments of a batch of a single row, one of which is the peak, whatever its length
+            and the ZeRO stage are.
+        more_rows: the same of larger batches, for which torch makes some copies more.
         flops: forward and backward, recomputation included.
         operators: operators that a forward and backward pass starts.
     """
 
-    moments: tuple[Moment, ...]
+    one_row: tuple[Moment, ...]
+    more_rows: tuple[Moment, ...]
     flops: Polynomial
     operators: float
 

@@ -86,7 +86,8 @@ def make_moment(c0: float, c1: float, c2: float, *, logits: float = 0.0) -> Mome
         batch_bytes=Polynomial(c0=0.0, c1=0.0, c2=0.0),
         logits_bytes=Polynomial(c0=0.0, c1=logits, c2=0.0),
         gradients=0.0,
-        backward=True,
+        hands_over=False,
+        lengths=(1, 2**20),
     )
 
 
@@ -94,12 +95,14 @@ def make_profile(**changes: Any) -> ModelProfile:  # noqa: ANN401 - fields of a 
     """Return a model of a billion parameters; checkpointing trades memory for a third of time."""
     flops = Polynomial(c0=0.0, c1=6e9, c2=1e5)
     plain = Trace(
-        moments=(make_moment(1e6, 4e6, 300.0, logits=4e5),),
+        one_row=(make_moment(1e6, 4e6, 300.0, logits=4e5),),
+        more_rows=(make_moment(1e6, 4e6, 300.0, logits=4e5),),
         flops=flops,
         operators=2000.0,
     )
     full = Trace(
-        moments=(make_moment(1e6, 6e5, 30.0, logits=4e5),),
+        one_row=(make_moment(1e6, 6e5, 30.0, logits=4e5),),
+        more_rows=(make_moment(1e6, 6e5, 30.0, logits=4e5),),
         flops=Polynomial(c0=0.0, c1=flops.c1 * 4 / 3, c2=flops.c2 * 4 / 3),
         operators=2700.0,
     )

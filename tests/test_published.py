@@ -1,4 +1,4 @@
-"""Estimates against published GPU measurements, and arithmetic against virtual runs: a part each."""
+"""Estimates against published measurements, and arithmetic against virtual runs: a part each."""
 
 import importlib
 from collections import Counter
@@ -43,8 +43,13 @@ def row(measurements: ModuleType, **changes: str) -> Any:  # noqa: ANN401 - a Me
         "grad_ckpt": "yes",
         "gpu_mem_gib": "80",
         "notes": "[Q=A][mem=alloc]",
-        **{"n_layers": "32", "hidden": "4096", "heads": "32", "kv_heads": "8"},
-        **{"intermediate": "14336", "vocab": "128256", "lora_rank": ""},
+        "n_layers": "32",
+        "hidden": "4096",
+        "heads": "32",
+        "kv_heads": "8",
+        "intermediate": "14336",
+        "vocab": "128256",
+        "lora_rank": "",
     }
     return measurements.Measurement(row=known | base | changes)
 

@@ -113,7 +113,8 @@ def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
 
 def _trace_from_json(fields: dict[str, Any]) -> Trace:
     return Trace(
-        moments=tuple(_moment_from_json(moment) for moment in fields["moments"]),
+        one_row=tuple(map(_moment_from_json, fields["one_row"])),
+        more_rows=tuple(map(_moment_from_json, fields["more_rows"])),
         flops=Polynomial(**fields["flops"]),
         operators=fields["operators"],
     )
@@ -123,7 +124,7 @@ def _moment_from_json(fields: dict[str, Any]) -> Moment:
     polynomials = {
         name: Polynomial(**fields[name]) for name in ("rows_bytes", "batch_bytes", "logits_bytes")
     }
-    return Moment(**{**fields, **polynomials})
+    return Moment(**{**fields, **polynomials, "lengths": tuple(fields["lengths"])})
 
 
 def rates_from_json(fields: dict[str, Any]) -> Rates:

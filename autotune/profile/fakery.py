@@ -36,11 +36,17 @@ _CONVERSIONS = {f"torch.nn.Module.{name}": _stay for name in ("to", "float", "ha
 
 @contextmanager
 def faked(
-    device_kind: str, *, rank: int, ranks: int, free_device_bytes: Callable[[], int] = lambda: 0
+    device_kind: str,
+    *,
+    rank: int,
+    ranks: int,
+    padded: bool = True,
+    free_device_bytes: Callable[[], int] = lambda: 0,
 ) -> Iterator[torch.device]:
     """Be one of `ranks` ranks over fake tensors; gives the device, the CPU or a virtual one.
 
-    `free_device_bytes` answers DeepSpeed's question what a virtual device has left.
+    Batches are taken for ones with padding if they are `padded`. `free_device_bytes` answers
+    DeepSpeed's question what a virtual device has left.
 
     Raises:
         VirtualRunUnavailableError: a library lacks a name that has to give way.
@@ -53,6 +59,7 @@ def faked(
             stand_ins |= _device_stand_ins(free_device_bytes)
         for target, stand_in in stand_ins.items():
             stack.enter_context(replaced(target, stand_in))
+        stack.enter_context(padding(present=padded))
         stack.enter_context(_process_group(rank, ranks))
         stack.enter_context(fake_tensors())
         stack.enter_context(_Answers())
@@ -101,6 +108,28 @@ def _agree(_ints: list[int]) -> None:
 
 def _nothing() -> None:
     return None
+
+
+_MASK_TEST = "transformers.masking_utils._ignore_causal_mask_sdpa"
+
+
+@contextmanager
+def padding(*, present: bool) -> Iterator[None]:
+    """Take masks that have no values for ones of rows with padding, or without.
+
+    transformers takes the causal kernel of SDPA if there is no padding. It never does for a fake
+    mask, so it is shown none.
+    """
+    if present:
+        yield
+        return
+    ignores = pkgutil.resolve_name(_MASK_TEST)
+
+    def without_mask(_mask: torch.Tensor | None, *args: object, **kwargs: object) -> object:
+        return ignores(None, *args, **kwargs)
+
+    with replaced(_MASK_TEST, without_mask):
+        yield
 
 
 @contextmanager

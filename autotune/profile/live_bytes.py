@@ -12,6 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+_FLOPS = {
+    **flop_registry,
+    # torch counts attention by its GPU kernels alone; a CPU's takes the same arguments.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (  # noqa: SLF001 - its name
+        flop_registry[torch.ops.aten._scaled_dot_product_flash_attention]  # noqa: SLF001
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (  # noqa: SLF001
+        flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_backward]  # noqa: SLF001
+    ),
+}
+
 
 @dataclass(slots=True)
 class _Storage:
@@ -55,7 +66,8 @@ class LiveBytes(ShapeMode):
         peak: the most that were alive at once, by device type.
         peak_parts: what was alive at the latest peak, by device type and part.
         operators: operators that made a storage of their own.
-        flops: floating-point operations of the operators, as torch's registry counts them.
+        flops: floating-point operations of the operators, as torch's registry counts them; the
+            whole of causal attention, as kernels and published figures differ in what they skip.
         collectives: bytes that collectives worked on (the larger of input and output), by operator.
     """
 
@@ -86,7 +98,7 @@ class LiveBytes(ShapeMode):
         if func.namespace == "c10d":
             self._count_collective(func, args)
         result = func(*args, **kwargs)
-        count_flops = flop_registry.get(func._overloadpacket)  # noqa: SLF001 - the registry's key
+        count_flops = _FLOPS.get(func._overloadpacket)  # noqa: SLF001 - the registry's key
         if count_flops is not None:
             self.flops += count_flops(*args, **kwargs, out_val=result)
         for tensor in _tensors(result):

@@ -13,6 +13,7 @@ class TraceRequest:
     The kind of device decides which kernel attention takes, and so what is kept for backward.
 
     Attributes:
+        padded: whether rows of a batch differ in length, so that its mask is kept.
         checkpointing: the modes to trace; `none` alone is traced of a model that has no other.
     """
 
@@ -21,5 +22,6 @@ class TraceRequest:
     attention: str
     precision: Precision
     device_kind: DeviceKind
+    padded: bool = True
     lora: Lora | None = None
     checkpointing: tuple[str, ...] = ("none", "full")

@@ -17,7 +17,7 @@ Places = NDArray[np.int64]
 Points = Sequence[tuple[int, int]]
 
 _HANDED_OVER = "a gradient is handed over"
-"""Stands among the operators where DeepSpeed takes a gradient over, and may reduce a full bucket."""
+"""Stands among the operators where DeepSpeed takes a gradient, and may reduce a full bucket."""
 
 _LEVELS = 16
 """Shares of the gradients for which a peak is kept where passes differ in their operators."""
@@ -37,18 +37,16 @@ class Timeline:
         bytes: of activations and of gradients that are not handed over yet.
         logits: those of them in tensors as wide as the vocabulary.
         gradients: elements of the parameters whose gradients have been handed over.
+        flops: of all operators until then.
         backward: index of the first allocation of the backward pass.
-        flops: of the whole pass.
-        allocations: of the whole pass; at another depth than was traced more than are listed.
     """
 
     operators: tuple[str, ...]
     bytes: Floats
     logits: Floats
     gradients: Floats
+    flops: Floats
     backward: int
-    flops: int
-    allocations: int
 
     def __len__(self) -> int:
         return len(self.operators)
@@ -79,9 +77,8 @@ def follow_pass(
         bytes=np.array(live.bytes, dtype=np.float64),
         logits=np.array(live.logits, dtype=np.float64),
         gradients=np.array(live.gradients, dtype=np.float64),
+        flops=np.array(live.flops_until, dtype=np.float64),
         backward=backward,
-        flops=live.flops,
-        allocations=live.operators,
     )
 
 
@@ -95,6 +92,7 @@ class _Recorder(LiveBytes):
         self.bytes: list[int] = []
         self.logits: list[int] = []
         self.gradients: list[int] = []
+        self.flops_until: list[int] = []
         self._handed_over = 0
         self._device = device.type
 
@@ -121,6 +119,7 @@ class _Recorder(LiveBytes):
         self.bytes.append(self.current[self._device])
         self.logits.append(self._current_parts[self._device]["logits"])
         self.gradients.append(self._handed_over)
+        self.flops_until.append(self.flops)
 
 
 class _ByWidth(Parts):
@@ -134,44 +133,76 @@ class _ByWidth(Parts):
         return "logits" if wide else "other"
 
 
-def at_depth(layers: int, smaller: Timeline, larger: Timeline, depths: tuple[int, int]) -> Timeline:
-    """Go on from the timelines of two depths to another: each layer more adds the same.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What a layer adds to a pass: allocations of forward and backward, elements it trains."""
 
-    Counted back from its end a forward pass is the same at any depth, and so is a backward pass
-    counted from its start, but for what the layers in between keep; the last layers of a backward
-    pass are the same counted from the end, but for the gradients that are handed over by then.
+    forward: int
+    backward: int
+    gradients: int
+
+    @classmethod
+    def between(cls, smaller: Timeline, larger: Timeline) -> "Layer":
+        """Tell from passes of a model and of the same model with one layer more."""
+        forward = larger.backward - smaller.backward
+        return cls(
+            forward=forward,
+            backward=len(larger) - len(smaller) - forward,
+            gradients=int(larger.gradients[-1] - smaller.gradients[-1]),
+        )
+
+
+def deepened(timeline: Timeline, layer: Layer, more: int) -> Timeline:
+    """Go on from the pass of a model of three layers to one with so many more of the last kind.
+
+    What a layer keeps for the backward pass is what is alive after an operator beyond what was
+    alive after the same operator of the layer before. That much more is alive from the first layer
+    of forward to the last of backward; the layers in between only repeat.
     """
-    ratio = (layers - depths[1]) / (depths[1] - depths[0])
-    forward = larger.backward - smaller.backward
-    backward = len(larger) - len(smaller) - forward
-    place = np.arange(len(larger))
-    from_the_end = place >= len(larger) - 2 * backward
-    counterpart = place - np.where(from_the_end, forward + backward, forward)
-    counterpart = np.maximum(counterpart, 0)
-    more = {
-        name: getattr(larger, name) - getattr(smaller, name)[counterpart]
-        for name in ("bytes", "logits", "gradients")
-    }
-    # Before anything is kept there is nothing that grows. What precedes the first layer of the one
-    # is a part of the first layer of the other; from the second on they are alike.
-    early = place < 2 * forward
-    return Timeline(
-        operators=larger.operators,
-        backward=larger.backward,
-        flops=larger.flops + round(ratio * (larger.flops - smaller.flops)),
-        allocations=larger.allocations + round(ratio * (larger.allocations - smaller.allocations)),
-        **{
-            name: getattr(larger, name) + np.where(early, 0.0, ratio * growth)
-            for name, growth in more.items()
-        },
+    place = np.arange(len(timeline))
+    within = 3 * layer.forward - 1
+    last_layers = place >= len(timeline) - 2 * layer.backward
+    keeping = (place >= layer.forward) & ~last_layers
+
+    def kept(values: Floats) -> Floats:
+        a_layer = values[within] - values[within - layer.forward]
+        return values + np.where(keeping, more * a_layer, 0.0)
+
+    return replace(
+        timeline,
+        bytes=kept(timeline.bytes),
+        logits=kept(timeline.logits),
+        gradients=timeline.gradients + np.where(last_layers, more * layer.gradients, 0.0),
     )
 
 
-def moments_of(points: Points, timelines: Sequence[Timeline]) -> tuple[Moment, ...]:
+def work_of(timeline: Timeline, layer: Layer | None, more: int) -> tuple[float, float]:
+    """Return FLOPs and allocations of a pass, with so many layers more of the last kind."""
+    made = [name != _HANDED_OVER for name in timeline.operators]
+    flops, allocations = float(timeline.flops[-1]), float(sum(made))
+    if layer is None:
+        return flops, allocations
+    forward, backward = 3 * layer.forward - 1, len(timeline) - 2 * layer.backward
+    a_layer = (
+        timeline.flops[forward]
+        - timeline.flops[forward - layer.forward]
+        + timeline.flops[backward]
+        - timeline.flops[backward - layer.backward]
+    )
+    of_a_layer = layer.forward + sum(made[backward - layer.backward : backward])
+    return flops + more * float(a_layer), allocations + more * of_a_layer
+
+
+def moments_of(
+    points: Points, timelines: Sequence[Timeline], lengths: tuple[int, int]
+) -> tuple[Moment, ...]:
     """Return the moments of a pass of which one is the peak, from passes at (rows, length) points.
 
+    Between the two `lengths` every pass has the same operators.
+
     A storage is as large as a product of rows and lengths, so what is alive at a moment is
-    a + b s + c s^2 + m (d + e s + f s^2) bytes; six points or more give it.
+    a + b s + c s^2 + m (d + e s + f s^2) bytes; three lengths with two numbers of rows give it. Of
+    points with one number of rows all counts as the rows'.
     """
     if len({one.operators for one in timelines}) > 1:
         timelines = [_by_level(one) for one in timelines]
@@ -185,8 +216,8 @@ def moments_of(points: Points, timelines: Sequence[Timeline]) -> tuple[Moment, .
             rows_bytes=_polynomial(bytes_[3:, place]),
             logits_bytes=_polynomial(logits[3:, place]),
             gradients=float(gradients[place]),
-            backward=place >= backward,
             hands_over=operators[place] == _HANDED_OVER,
+            lengths=lengths,
         )
         for place in _peaks(bytes_, gradients, _kinds(operators, backward))
     )
@@ -200,9 +231,11 @@ def _basis(rows: float, length: float) -> list[float]:
 def _coefficients(points: Points, values: Sequence[Floats]) -> Floats:
     """Return six coefficients for each moment; what falls with rows or length is rounding."""
     bases = np.array([_basis(*point) for point in points])
+    unknown = slice(0, 6) if len({rows for rows, _ in points}) > 1 else slice(3, 6)
     scale = bases.max(axis=0)
-    solved = np.linalg.lstsq(bases / scale, np.array(values), rcond=None)[0] / scale[:, None]
-    return np.maximum(solved, 0.0)
+    coefficients = np.zeros((6, len(values[0])))
+    coefficients[unknown] = np.linalg.lstsq((bases / scale)[:, unknown], np.array(values))[0]
+    return np.maximum(coefficients / scale[:, None], 0.0)
 
 
 def _polynomial(coefficients: Floats) -> Polynomial:
@@ -242,5 +275,8 @@ def _by_level(timeline: Timeline) -> Timeline:
         timeline,
         operators=("", *[_HANDED_OVER] * _LEVELS),
         backward=1,
-        **{name: getattr(timeline, name)[kept] for name in ("bytes", "logits", "gradients")},
+        **{
+            name: getattr(timeline, name)[kept]
+            for name in ("bytes", "logits", "gradients", "flops")
+        },
     )

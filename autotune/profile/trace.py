@@ -6,7 +6,8 @@ costs is then known, and everything grows with the number of layers from there.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,29 @@ import torch
 from autotune.engine.model import from_config
 from autotune.profile.fakery import faked
 from autotune.profile.request import TraceRequest
-from autotune.profile.timeline import Timeline, at_depth, follow_pass, moments_of
+from autotune.profile.timeline import (
+    Layer,
+    Points,
+    Timeline,
+    deepened,
+    follow_pass,
+    moments_of,
+    work_of,
+)
 from autotune.profile.virtual_gpu import place
 from autotune.setting import checkpointing_period
-from autotune.workload import ModelProfile, Polynomial, Trace
+from autotune.workload import ModelProfile, Moment, Polynomial, Trace
 
 _LONGEST = 4096
 _NO_LIMIT = 2**20
 """Positions of a model that takes rows of any length."""
 
-_ROWS = (2, 3)
-"""Of a batch; of a single row some views need no copy, so that its operators are others."""
+_SHARES = (0.25, 0.5, 1.0)
+"""Where in a span of lengths it is traced."""
 
-_FEWEST_LAYERS = 2
+_DEPTH = 3
+"""Layers that are traced of a deeper model: a first, a last and one between; periods of layers
+where only every n-th is checkpointed."""
 
 
 def trace_model(request: TraceRequest) -> ModelProfile:
@@ -81,18 +92,34 @@ def _positions(config: Any) -> int:  # noqa: ANN401 - PretrainedConfig
     return getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
 
 
-def _traced_lengths(config: Any) -> tuple[int, ...]:  # noqa: ANN401 - PretrainedConfig
-    """Return three lengths that the model takes: bytes are polynomials of degree two in them."""
-    longest = min(_LONGEST, _positions(config))
-    return (longest // 4, longest // 2, longest)
+def _spans(config: Any, *, padded: bool) -> list[tuple[int, int]]:  # noqa: ANN401
+    """Return the shortest and longest rows between which a model keeps tensors of the same kinds.
+
+    A mask that is not needed for padding is needed where rows outgrow a sliding window.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    last = _positions(config)
+    if padded or not window or window >= last - len(_SHARES):
+        return [(1, last)]
+    return [(1, window - 1), (window, last)]
+
+
+def _traced_lengths(span: tuple[int, int]) -> list[int]:
+    """Return three lengths within a span: bytes are polynomials of degree two in them."""
+    shortest, longest = span
+    furthest = min(longest, max(_LONGEST, 2 * shortest))
+    return [shortest + round(share * (furthest - shortest)) for share in _SHARES]
 
 
 def _with_depth(config: Any, depth: int) -> Any:  # noqa: ANN401 - PretrainedConfig
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
+    # Lists that say something of each layer, as of its kind of attention.
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, (value * depth)[:depth])
     text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
     return shallow
 
 
@@ -101,13 +128,23 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _trace(config: Any, request: TraceRequest, mode: str) -> Trace:  # noqa: ANN401
-    points = [(rows, length) for rows in _ROWS for length in _traced_lengths(config)]
-    timelines = [_at_full_depth(config, request, mode, *point) for point in points]
-    of_one_row = timelines[: len(points) // len(_ROWS)]
+    """Trace batches of one row, which have no padding and spare torch some copies, and of more."""
+    of_one = [
+        _passes(config, replace(request, padded=False), mode, rows=(1,), span=span)
+        for span in _spans(config, padded=False)
+    ]
+    of_more = [
+        _passes(config, request, mode, rows=(2, 3), span=span)
+        for span in _spans(config, padded=request.padded)
+    ]
+    longest = of_one[-1]
     return Trace(
-        moments=moments_of(points, timelines),
-        flops=_through(_traced_lengths(config), [float(one.flops) for one in of_one_row]),
-        operators=max(one.allocations for one in of_one_row),
+        one_row=tuple(chain.from_iterable(one.moments for one in of_one)),
+        more_rows=tuple(chain.from_iterable(one.moments for one in of_more)),
+        flops=_through(
+            [length for _, length in longest.points], [flops for flops, _ in longest.work]
+        ),
+        operators=max(operators for _, operators in longest.work),
     )
 
 
@@ -116,23 +153,40 @@ def _through(lengths: Sequence[int], values: Sequence[float]) -> Polynomial:
     return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
 
 
-def _at_full_depth(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Passes:
+    """Passes at several points: their moments, and the FLOPs and operators of each."""
+
+    points: Points
+    moments: tuple[Moment, ...]
+    work: list[tuple[float, float]]
+
+
+def _passes(
     config: Any,  # noqa: ANN401 - PretrainedConfig
     request: TraceRequest,
     mode: str,
-    rows: int,
-    length: int,
-) -> Timeline:
-    """Trace a few layers and a period more, and go on from there; or all where they are few."""
+    *,
+    rows: tuple[int, ...],
+    span: tuple[int, int],
+) -> _Passes:
+    """Trace a few layers and go on from there, or all of them where they are few."""
+    points = [(several, length) for several in rows for length in _traced_lengths(span)]
     layers, period = config.get_text_config().num_hidden_layers, checkpointing_period(mode)
-    fewest = _FEWEST_LAYERS + (layers - _FEWEST_LAYERS) % period
-    depths = (fewest, fewest + period)
-    if layers <= depths[-1]:
-        return _run(config, request, mode, rows, length)
-    smaller, larger = (
-        _run(_with_depth(config, depth), request, mode, rows, length) for depth in depths
+    depth = _DEPTH * period + layers % period
+    more = max(0, (layers - depth) // period)
+    shallow = _with_depth(config, depth) if more else config
+    timelines = [_run(shallow, request, mode, *point) for point in points]
+    layer = None
+    if more:
+        smaller = _run(_with_depth(config, depth - period), request, mode, *points[0])
+        layer = Layer.between(smaller, timelines[0])
+    deep = timelines if layer is None else [deepened(one, layer, more) for one in timelines]
+    return _Passes(
+        points=points,
+        moments=moments_of(points, deep, span),
+        work=[work_of(one, layer, more) for one in timelines],
     )
-    return at_depth(layers, smaller, larger, depths)
 
 
 def _run(
@@ -142,7 +196,7 @@ def _run(
     rows: int,
     length: int,
 ) -> Timeline:
-    with faked(request.device_kind, rank=0, ranks=1) as device:
+    with faked(request.device_kind, rank=0, ranks=1, padded=request.padded) as device:
         model = place(from_config(config, request, mode), device)
         model.train()
         return follow_pass(model, rows, length, device)

@@ -43,6 +43,7 @@ def follow(request: VirtualRequest) -> VirtualRun:
             request.spec.device_kind,
             rank=request.rank,
             ranks=request.ranks,
+            padded=request.padded,
             free_device_bytes=free_device_bytes,
         ) as device,
         live,
