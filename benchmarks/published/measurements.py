@@ -31,8 +31,9 @@ _SATURATED = re.compile(r"saturat|fills? (the card|4 x)", re.IGNORECASE)
 _CONTRADICTED = re.compile(
     r"contradicts|weak label|suspicious|do not use|low quality", re.IGNORECASE
 )
-_EARLY_LOSS = ("hpcaitech/ColossalAI-Pytorch-lightning",)
-"""GPT-2 of 2022, whose loss stays in fp16; since then transformers takes the logits to fp32."""
+_EARLY_LOSS = ("hpcaitech/ColossalAI-Pytorch-lightning", "bigscience-workshop/bigscience")
+"""GPT-2 in transformers of 2021 and 2022, whose loss took fp16 logits as they are; since 4.46 they
+are taken to fp32, which is half of what such a model needs there."""
 
 _QUANTISED = re.compile(r"int4|int8|nf4|4-bit|fp8|gptq")
 _PURE = re.compile(r"pure|bf16 states|bf16-true")
