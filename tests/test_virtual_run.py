@@ -131,6 +131,8 @@ def make_request(
         trainable_parameters=parameters,
         largest_layer_parameters=parameters // 4,
         largest_parameter=parameters // 4,
+        trained_sizes=(parameters,),
+        frozen_sizes=(),
         num_layers=3,
         hidden_size=64,
         vocab_size=512,
