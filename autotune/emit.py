@@ -7,12 +7,11 @@ from typing import Any
 from autotune.hardware import Cluster
 from autotune.setting import Setting
 from autotune.workload import Job, ModelProfile, TrainSpec
+from autotune.zero import MAX_LIVE_PARAMETERS, PERSISTENCE_THRESHOLD
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 
-_PERSISTENCE_THRESHOLD = 100_000
-_MAX_LIVE_PARAMETERS = 1_000_000_000
 _CHECKPOINTS_A_TRAINING = 4
 
 
@@ -45,6 +44,9 @@ def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
     # the fast one and wanted, elsewhere torch's own is as fast and needs no compiler.
     if setting.structure.offload_optimizer == "none" or not cluster.has_separate_memory:
         params["torch_adam"] = True
+        if cluster.has_separate_memory:
+            # Otherwise its update takes temporaries there, three as long as all that it updates.
+            params["fused"] = True
     return {"type": "AdamW", "params": params}
 
 
@@ -66,10 +68,10 @@ def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
     if structure.offload_param != "none":
         zero["offload_param"] = {"device": structure.offload_param, "pin_memory": True}
     return zero | {
-        "stage3_prefetch_bucket_size": min(bucket, 2 * profile.largest_layer_parameters),
-        "stage3_param_persistence_threshold": _PERSISTENCE_THRESHOLD,
-        "stage3_max_live_parameters": _MAX_LIVE_PARAMETERS,
-        "stage3_max_reuse_distance": _MAX_LIVE_PARAMETERS,
+        "stage3_prefetch_bucket_size": profile.prefetch_elements,
+        "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
+        "stage3_max_reuse_distance": MAX_LIVE_PARAMETERS,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
 

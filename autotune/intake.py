@@ -21,10 +21,12 @@ from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rate
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import UsageError, VirtualRunUnavailableError
-from autotune.hardware import Bench, Cluster, Rates
+from autotune.hardware import Bench, Cluster, DeviceKind, Rates
+from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
 from autotune.partial_checkpointing import with_partial_checkpointing
 from autotune.plan import Plan, make_plan
+from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached, read_json, write_json, writing
 from autotune.setting import Setting
@@ -187,23 +189,24 @@ def compare(
 ) -> "list[Workload | UsageError]":
     """Look into the same question for each hardware; a refusal is that of a global batch.
 
-    The data is read once, the model traced once for each precision.
+    The data is read once, the model traced once for each kind of device and precision.
 
     Raises:
         UsageError: rows are asked for that are longer than the model takes.
     """
-    models: dict[str, _Model] = {}
+    models: dict[tuple[str, str], _Model] = {}
     data: _Data | None = None
     found: list[Workload | UsageError] = []
     for named in hardware:
         cluster = named_cluster(named.gpus, named.nodes, question.options["device_memory"])
         one = replace(question, named=named, cluster=cluster)
         precision = choose_precision(question.options["precision"], cluster)
-        if precision not in models:
-            models[precision] = _look_at_model(one, "auto", CHECKPOINTING_MODES, logs)
-        data = data or _look_at_data(one, models[precision], dataset_dir, imagined)
+        traced = cluster.kind, precision
+        if traced not in models:
+            models[traced] = _look_at_model(one, "auto", CHECKPOINTING_MODES, logs)
+        data = data or _look_at_data(one, models[traced], dataset_dir, imagined)
         try:
-            found.append(_workload(one, models[precision], data, logs))
+            found.append(_workload(one, models[traced], data, logs))
         except UsageError as refusal:
             found.append(refusal)
     return found
@@ -221,7 +224,14 @@ def _look_at_model(
     options, source = question.options, question.source
     precision = choose_precision(options["precision"], question.cluster)
     profile = _profile(
-        options, source, precision, logs, attention=attention, checkpointing=checkpointing
+        options,
+        source,
+        precision,
+        question.cluster.kind,
+        logs,
+        attention=attention,
+        padded=bool(question.dataset),
+        checkpointing=checkpointing,
     )
     limit = _within("--max-seq-length", options["max_seq_length"], profile.max_position_embeddings)
     _log.info(
@@ -382,19 +392,22 @@ def _profile(
     options: Options,
     source: ModelSource,
     precision: Any,  # noqa: ANN401 - a Precision
+    device_kind: DeviceKind,
     logs: Path,
     *,
     attention: str,
+    padded: bool,
     checkpointing: tuple[str, ...],
 ) -> ModelProfile:
     from autotune.profile.child import profile_from_json, traced
-    from autotune.profile.request import TraceRequest
 
     request = TraceRequest(
         model_dir=str(source.directory),
         trust_remote_code=options["trust_remote_code"],
         attention=attention,
         precision=precision,
+        device_kind=device_kind,
+        padded=padded,
         lora=lora_of(options),
         checkpointing=checkpointing,
     )
@@ -511,6 +524,7 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
     spec = train_spec(job, setting, cluster, dataset_dir="", output_dir="", model_output_dir="")
     # What is free changes all the time, and matters only as far as the weights fit in twice.
     steady = cluster.device_memory_bytes // _MEMORY_STEP * _MEMORY_STEP
+    shards = shards_of(workload.profile, cluster.num_devices)
     request = VirtualRequest(
         spec=replace(spec, device_memory_bytes=steady if cluster.has_separate_memory else 0),
         ds_config=ds_config(job, setting, workload.profile, cluster),
@@ -518,6 +532,9 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         seq_length=int(workload.lengths.max()),
+        # A row is padded to the longest of its micro-batch.
+        padded=bool(workload.question.dataset) and setting.micro_batch_size > 1,
+        rank=shards.worst_rank if setting.structure.zero_stage in {1, 2} else 0,
     )
     # The model counts by its content, wherever it is.
     facts = replace(request, spec=replace(request.spec, model_dir=""))

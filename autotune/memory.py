@@ -4,29 +4,33 @@ N is the number of data-parallel ranks, Psi the parameters, Psi_t the trainable 
 the compute type. Sources: ZeRO (arXiv:1910.02054, section 3 and 5) and DeepSpeed's runtime/zero.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autotune import zero
 from autotune.hardware import Cluster
+from autotune.setting import Structure
 from autotune.space import Space
-from autotune.throughput import evaluate
-from autotune.workload import Job, ModelProfile, Peak
+from autotune.workload import Job, ModelProfile, Moment, Trace
+from autotune.zero import Engine, Shards
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
-_FP32 = 4
 _MIB = 1024 * 1024
 
 _CPU_RUNTIME_BYTES = 48 * _MIB
 """What a CPU rank holds besides tensors: code paged in, communicator, allocator. Measured on ranks
 of a 3 M parameter model, stages 0 to 3, as resident set less the tensor bytes: 35 to 56 MiB."""
 
-GPU_RUNTIME_BYTES = 2048 * _MIB
-"""CUDA context 0.5 to 0.9 GiB (measured, stas00/ml-engineering) and communicators up to 1.5 GiB,
-which a rank pays once and which free memory at the start does not show yet."""
+_CONTEXT_BYTES = 768 * _MIB
+"""A CUDA context takes 0.47 to 0.92 GiB (measured on an A100, stas00/ml-engineering)."""
+
+_COMMUNICATORS_BYTES = 1280 * _MIB
+"""Communicators take up to 1.5 GiB (same source), once there are ranks to talk to."""
 
 _FRAGMENTATION = 0.03
 """Share of the allocated peak that the allocator holds besides."""
@@ -88,128 +92,192 @@ def estimate_memory(
     space: Space, profile: ModelProfile, job: Job, cluster: Cluster, longest_row: int
 ) -> MemoryEstimate:
     """Estimate every setting at its worst micro-batch: all rows as long as the longest."""
-    activations, logits = _activations(space, profile, longest_row)
-    optimizer = _optimizer(space, profile, job)
-    weights = _weights(space, profile, job)
-    params_off = _offloaded(space, "offload_param")
-    optimizer_off = _offloaded(space, "offload_optimizer")
-    allocated = {
-        "weights_bytes": np.where(params_off, 0.0, weights),
-        "gradients_bytes": _gradients(space, profile, job),
-        "optimizer_bytes": np.where(optimizer_off, 0.0, optimizer),
-        "activations_bytes": activations - logits,
-        "logits_bytes": logits,
-        "buffers_bytes": _buffers(space, profile, job),
+    shards = shards_of(profile, space.ranks)
+    columns = {name: np.zeros(len(space)) for name in (*PARTS, "host_bytes")}
+    for structure, accumulates, places in _alike(space):
+        engine = Engine(
+            shards=shards,
+            zero_stage=structure.zero_stage,
+            compute_bytes=job.compute_bytes,
+            accumulates=accumulates,
+            gloo=not cluster.has_separate_memory,
+            offloads=structure.offload_optimizer != "none" and cluster.has_separate_memory,
+        )
+        trace = profile.trace(structure.checkpointing)
+        peak = _Peak.of_trace(trace, engine, space.micro_batch_size[places], longest_row)
+        for name, values in _terms(structure, engine, cluster, peak).items():
+            columns[name][places] = values
+    allocated = np.sum([columns[name] for name in PARTS], axis=0)
+    return MemoryEstimate(**columns, runtime_bytes=runtime_bytes(cluster, allocated))
+
+
+def shards_of(profile: ModelProfile, ranks: int) -> Shards:
+    """Return a model's parameters as they are divided, with the buckets of the emitted config."""
+    return Shards(
+        trained=np.array(profile.trained_sizes, dtype=np.int64),
+        frozen=np.array(profile.frozen_sizes, dtype=np.int64),
+        ranks=ranks,
+        bucket=profile.bucket_elements,
+        prefetched=profile.prefetch_elements,
+    )
+
+
+def _alike(space: Space) -> Iterator[tuple[Structure, bool, Ints]]:
+    """Yield the rows of the space that differ in their micro-batch size alone."""
+    accumulates = space.gradient_accumulation_steps > 1
+    for index, structure in enumerate(space.structures):
+        for more in (False, True):
+            places = np.flatnonzero((space.structure_index == index) & (accumulates == more))
+            if len(places):
+                yield structure, more, places
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Peak:
+    """What is alive when a micro-step needs the most, for each micro-batch size."""
+
+    activations: Floats
+    logits: Floats
+    gradients: Floats
+    buffers: Floats
+
+    @classmethod
+    def of_trace(cls, trace: Trace, engine: Engine, rows: Ints, length: int) -> "_Peak":
+        single = cls.of(trace.one_row, engine, rows, length)
+        several = cls.of(trace.more_rows, engine, rows, length)
+        return cls(
+            **{
+                field.name: np.where(
+                    rows == 1, getattr(single, field.name), getattr(several, field.name)
+                )
+                for field in fields(cls)
+            }
+        )
+
+    @classmethod
+    def of(cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int) -> "_Peak":
+        """Take the moment at which activations, gradients and buffers together are the most."""
+        moments = tuple(one for one in moments if one.lengths[0] <= length <= one.lengths[1])
+        powers = np.array([1.0, length, float(length) ** 2])
+        names = ("rows_bytes", "batch_bytes", "logits_bytes")
+        columns = [
+            np.array([_coefficients(moment, name) for moment in moments]) @ powers for name in names
+        ]
+        rest = [
+            np.array([getattr(moment, name) for moment in moments], dtype=np.float64)
+            for name in ("gradients", "hands_over")
+        ]
+        of_a_row, of_a_batch, logits, handed_over, hands_over = _with_full_bucket(
+            np.array([*columns, *rest]), engine.shards.bucket
+        )
+        gradients = zero.gradients_in_pass(engine, handed_over)
+        buffers = zero.buffers_in_pass(engine, handed_over, hands_over > 0)
+        alive = rows[:, None] * of_a_row + of_a_batch
+        place = np.argmax(alive + gradients + buffers, axis=1)
+        alive = alive[np.arange(len(rows)), place]
+        return cls(
+            activations=alive,
+            logits=np.minimum(rows * logits[place], alive),
+            gradients=gradients[place],
+            buffers=buffers[place],
+        )
+
+    @property
+    def total(self) -> Floats:
+        total: Floats = self.activations + self.gradients + self.buffers
+        return total
+
+
+def _with_full_bucket(moments: Floats, bucket: int) -> Floats:
+    """Add the moment at which gradients fill the bucket for the first time, between its neighbours.
+
+    It can be the peak without being one of the model's own. What comes before and after it is alike
+    but for the layers that are done by then.
+
+    Args:
+        moments: columns in the order of a pass; bytes for each row, of the batch and of the logits,
+            elements whose gradients are handed over, and whether one is just then.
+        bucket: elements.
+    """
+    handing = np.flatnonzero(moments[-1])
+    later = handing[moments[-2, handing] >= bucket]
+    earlier = handing[moments[-2, handing] < bucket]
+    if not len(later) or not len(earlier):
+        return moments
+    before, after = moments[:, earlier[-1]], moments[:, later[0]]
+    share = (bucket - before[-2]) / (after[-2] - before[-2])
+    return np.insert(moments, later[0], before + share * (after - before), axis=1)
+
+
+def _coefficients(moment: Moment, name: str) -> tuple[float, float, float]:
+    polynomial = getattr(moment, name)
+    return polynomial.c0, polynomial.c1, polynomial.c2
+
+
+def _terms(
+    structure: Structure, engine: Engine, cluster: Cluster, peak: _Peak
+) -> dict[str, Floats | float]:
+    """Return the terms of settings that differ in their micro-batch size alone.
+
+    What another moment than that of `peak` needs beyond it is in other_bytes.
+    """
+    weights, optimizer = zero.weights(engine), zero.optimizer(engine)
+    params_off = structure.offload_param != "none"
+    optimizer_off = structure.offload_optimizer != "none"
+    on_device = weights * (not params_off) + optimizer * (not optimizer_off)
+    elsewhere = max(
+        _creation(engine, cluster) - on_device,
+        zero.reducing(engine),
+        zero.updating(engine, _temporaries(structure, cluster)),
+    )
+    return {
+        "weights_bytes": weights * (not params_off),
+        "gradients_bytes": peak.gradients,
+        "optimizer_bytes": optimizer * (not optimizer_off),
+        "activations_bytes": peak.activations - peak.logits,
+        "logits_bytes": peak.logits,
+        "buffers_bytes": peak.buffers,
+        "other_bytes": np.maximum(0.0, elsewhere - peak.total),
+        "host_bytes": weights * params_off
+        + optimizer * optimizer_off
+        + zero.offloaded_gradients(engine),
     }
-    elsewhere = _other_peaks(space, profile, job, cluster, allocated)
-    in_micro_step = np.sum(list(allocated.values()), axis=0)
-    allocated["other_bytes"] = np.maximum(0.0, elsewhere - in_micro_step)
-    return MemoryEstimate(
-        **allocated,
-        runtime_bytes=runtime_bytes(cluster, np.sum(list(allocated.values()), axis=0)),
-        host_bytes=np.where(params_off, weights, 0.0) + np.where(optimizer_off, optimizer, 0.0),
-    )
 
 
-def _stage(space: Space) -> NDArray[np.int64]:
-    return space.column("zero_stage").astype(np.int64)
+def _creation(engine: Engine, cluster: Cluster) -> float:
+    """Return what building the engine takes.
 
-
-def _sharded(space: Space, from_stage: int) -> Floats:
-    """Return N where ZeRO shards from that stage on, else 1."""
-    return np.where(_stage(space) >= from_stage, float(space.ranks), 1.0)
-
-
-def _offloaded(space: Space, field: str) -> NDArray[np.bool_]:
-    offloaded: NDArray[np.bool_] = space.column(field) != "none"
-    return offloaded
-
-
-def _weights(space: Space, profile: ModelProfile, job: Job) -> Floats:
-    """Return b Psi, a shard of it at stage 3 (ZeRO section 5.3)."""
-    return job.compute_bytes * profile.parameters / _sharded(space, 3)
-
-
-def _gradients(space: Space, profile: ModelProfile, job: Job) -> Floats:
-    """Return b Psi_t, a shard of it from stage 2 on (ZeRO section 5.2)."""
-    return job.compute_bytes * profile.trainable_parameters / _sharded(space, 2)
-
-
-def _optimizer(space: Space, profile: ModelProfile, job: Job) -> Floats:
-    """Two fp32 moments, and a flat fp32 copy of the weights.
-
-    In mixed precision the copy is always there (ZeRO section 3.1: 12 Psi), in fp32 from stage 1 on,
-    as DeepSpeed's sharded optimizers keep their own partition whatever the type.
+    Stages 1 and 2 flatten the trained weights beside themselves, on the device if it has as much
+    free by then and else on the host (stage_1_and_2.py, flatten_on_accelerator).
     """
-    keeps_copy = (_stage(space) >= 1) | (job.precision != "fp32")
-    bytes_a_parameter = np.where(keeps_copy, 3 * _FP32, 2 * _FP32)
-    return bytes_a_parameter * profile.trainable_parameters / _sharded(space, 1)
+    if engine.zero_stage not in {1, 2}:
+        return 0.0
+    flattened = zero.weights(engine) + zero.flattened(engine)
+    runtime = fixed_runtime_bytes(cluster) if cluster.has_separate_memory else 0
+    return flattened if flattened + runtime <= cluster.device_memory_bytes else 0.0
 
 
-def _activations(space: Space, profile: ModelProfile, length: int) -> tuple[Floats, Floats]:
-    """Return activations and the logits among them, by checkpointing mode and micro-batch."""
-    modes, place = np.unique(space.column("checkpointing"), return_inverse=True)
-    traces = [profile.trace(mode) for mode in modes.tolist()]
-    peaks = np.array([peak_of_a_row(trace.activations_bytes, length) for trace in traces])
-    logits = np.array([evaluate(trace.logits_bytes, 1, np.array([length]))[0] for trace in traces])
-    rows = space.micro_batch_size
-    return peaks[place] * rows, np.minimum(logits, peaks)[place] * rows
+def _temporaries(structure: Structure, cluster: Cluster) -> int:
+    """Return how many copies of what it updates torch's AdamW makes on the device.
 
-
-def peak_of_a_row(peak: Peak, length: int) -> float:
-    """Evaluate a traced peak at a length."""
-    if length < peak.lengths[-3]:
-        return float(np.interp(length, peak.lengths, peak.values))
-    return float(evaluate(peak.tail, 1, np.array([length]))[0])
-
-
-def _buffers(space: Space, profile: ModelProfile, job: Job) -> Floats:
-    """Return the reduce bucket of stage 1, and of stage 3 the bucket and gathered weights.
-
-    Stage 1 keeps its bucket from one micro-step to the next, stage 2 lets go of it after each, so
-    that it is not there when activations peak. Stage 3 holds the block at work and the one
-    prefetched, and the largest parameter outside them.
+    Two (torch/optim/adam.py); the fused one of a GPU, and that on the host, work in place.
     """
-    bucket = float(job.compute_bytes * profile.bucket_elements)
-    gathered = job.compute_bytes * (
-        2 * profile.largest_layer_parameters + profile.largest_parameter
-    )
-    a_stage = np.array([0.0, bucket, 0.0, bucket + gathered])
-    buffers: Floats = a_stage[_stage(space)]
-    return buffers
-
-
-def _other_peaks(
-    space: Space,
-    profile: ModelProfile,
-    job: Job,
-    cluster: Cluster,
-    allocated: Mapping[str, Floats],
-) -> Floats:
-    """Return the larger of the peaks outside of micro-steps.
-
-    When the engine is built, stages 1 and 2 flatten the weights beside themselves, on the device
-    if it has as much free by then and else on the host (stage_1_and_2.py,
-    flatten_on_accelerator). In the update, torch's AdamW takes its
-    foreach path on a GPU, which holds three temporaries as long as the fp32 shard (torch/optim/
-    adamw.py); beside the activations' peak that shows where activations are small.
-    """
-    stage = _stage(space)
-    flattens = (stage == 1) | (stage == 2)  # noqa: PLR2004 - ZeRO stages
-    flattened = 2.0 * job.compute_bytes * profile.parameters
-    runtime = GPU_RUNTIME_BYTES if cluster.has_separate_memory else 0
-    on_device = flattened + runtime <= cluster.device_memory_bytes
-    creation = np.where(flattens & on_device, flattened, 0.0)
-    states = (
-        allocated["weights_bytes"] + allocated["gradients_bytes"] + allocated["optimizer_bytes"]
-    )
-    temporaries = 3 * _FP32 * profile.trainable_parameters / _sharded(space, 1)
-    on_gpu = cluster.has_separate_memory & ~_offloaded(space, "offload_optimizer")
-    update: Floats = states + np.where(on_gpu, temporaries, 0.0)
-    return np.maximum(creation, update)
+    on_host = structure.offload_optimizer != "none"
+    return 0 if on_host or cluster.has_separate_memory else 2
 
 
 def runtime_bytes(cluster: Cluster, allocated: Floats) -> Floats:
     """Return what a rank holds besides tensors, for each peak of allocated bytes."""
-    fixed = GPU_RUNTIME_BYTES if cluster.has_separate_memory else _CPU_RUNTIME_BYTES
-    return fixed + _FRAGMENTATION * allocated
+    return fixed_runtime_bytes(cluster) + _FRAGMENTATION * allocated
+
+
+def fixed_runtime_bytes(cluster: Cluster) -> int:
+    """Return what of it is there whatever is allocated; free memory at the start has it still."""
+    if not cluster.has_separate_memory:
+        return _CPU_RUNTIME_BYTES
+    return gpu_runtime_bytes(cluster.num_devices)
+
+
+def gpu_runtime_bytes(ranks: int) -> int:
+    """Return what a process on a GPU takes besides its allocator: context and communicators."""
+    return _CONTEXT_BYTES + (_COMMUNICATORS_BYTES if ranks > 1 else 0)

@@ -138,16 +138,24 @@ class Polynomial:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Peak:
-    """The peak of a quantity of one row over its length.
+class Moment:
+    """A moment of a pass at which its memory can peak; short rows peak at another than long ones.
 
-    Short rows peak at another moment of a pass than long ones. So `values` at `lengths` (ascending)
-    are joined by lines, up to where the last three give the polynomial `tail`.
+    Attributes:
+        rows_bytes: live bytes besides parameters and gradients that are handed over, for each row.
+        batch_bytes: those that do not depend on the number of rows, as of a gradient just made.
+        logits_bytes: the share of `rows_bytes` in tensors as wide as the vocabulary.
+        gradients: elements of the parameters whose gradients are handed over by then.
+        hands_over: whether a gradient is handed over just then, as when a bucket is reduced.
+        lengths: the shortest and the longest row that it may be the peak for.
     """
 
-    lengths: tuple[int, ...]
-    values: tuple[float, ...]
-    tail: Polynomial
+    rows_bytes: Polynomial
+    batch_bytes: Polynomial
+    logits_bytes: Polynomial
+    gradients: float
+    hands_over: bool
+    lengths: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,27 +163,35 @@ class Trace:
     """One way to run the model's forward and backward pass, traced.
 
     Attributes:
-        activations_bytes: live bytes besides parameters and their gradients.
-        logits_bytes: the share of that peak which grows with the vocabulary.
+        one_row: moments of a batch of a single row, one of which is the peak, whatever its length
+            and the ZeRO stage are.
+        more_rows: the same of larger batches, for which torch makes some copies more.
         flops: forward and backward, recomputation included.
         operators: operators that a forward and backward pass starts.
     """
 
-    activations_bytes: Peak
-    logits_bytes: Polynomial
+    one_row: tuple[Moment, ...]
+    more_rows: tuple[Moment, ...]
     flops: Polynomial
     operators: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """A model in figures; `traces` is keyed by the checkpointing mode."""
+    """A model in figures; `traces` is keyed by the checkpointing mode.
+
+    Attributes:
+        trained_sizes: elements of each parameter that is trained, in the order of the model.
+        frozen_sizes: the same of the others.
+    """
 
     architecture: str
     parameters: int
     trainable_parameters: int
     largest_layer_parameters: int
     largest_parameter: int
+    trained_sizes: tuple[int, ...]
+    frozen_sizes: tuple[int, ...]
     num_layers: int
     hidden_size: int
     vocab_size: int
@@ -188,9 +204,14 @@ class ModelProfile:
     def bucket_elements(self) -> int:
         """What DeepSpeed is to communicate at once, and keeps a buffer for.
 
-        Its own default, or the whole of a smaller model.
+        Its own default, or the whole of a smaller model, in an even number, as ZeRO 1 and 2 ask.
         """
-        return min(_DEFAULT_BUCKET_ELEMENTS, self.trainable_parameters)
+        return min(_DEFAULT_BUCKET_ELEMENTS, 2 * -(-self.trainable_parameters // 2))
+
+    @property
+    def prefetch_elements(self) -> int:
+        """What ZeRO 3 is to gather ahead: two layers, at most a bucket."""
+        return min(self.bucket_elements, 2 * self.largest_layer_parameters)
 
     def trace(self, checkpointing: str) -> Trace:
         return dict(self.traces)[checkpointing]

@@ -19,7 +19,7 @@ from autotune.setting import ZERO_STAGES, Setting, Structure
 from autotune.space import CHECKPOINTING_MODES, enumerate_space
 from autotune.throughput import Floats, Ints
 from autotune.units import GIB
-from autotune.workload import Job, ModelProfile, Peak, Polynomial, Trace
+from autotune.workload import Job, ModelProfile, Moment, Polynomial, Trace
 
 hypothesis.settings.register_profile(
     # The same examples in every run; no deadline, as a busy machine is no defect.
@@ -79,27 +79,30 @@ def make_job(**changes: Any) -> Job:  # noqa: ANN401 - fields of a Job
     return replace(job, **changes)
 
 
-def make_peak(c0: float, c1: float, c2: float) -> Peak:
-    """Return a peak that is at the same moment for all lengths: a polynomial."""
-    lengths = (64, 128, 256, 512, 1024, 2048, 4096)
-    tail = Polynomial(c0=c0, c1=c1, c2=c2)
-    values = tuple(c0 + c1 * length + c2 * length**2 for length in lengths)
-    return Peak(lengths=lengths, values=values, tail=tail)
+def make_moment(c0: float, c1: float, c2: float, *, logits: float = 0.0) -> Moment:
+    """Return a moment of a pass at which no gradient has been made yet, each byte a row's."""
+    return Moment(
+        rows_bytes=Polynomial(c0=c0, c1=c1, c2=c2),
+        batch_bytes=Polynomial(c0=0.0, c1=0.0, c2=0.0),
+        logits_bytes=Polynomial(c0=0.0, c1=logits, c2=0.0),
+        gradients=0.0,
+        hands_over=False,
+        lengths=(1, 2**20),
+    )
 
 
 def make_profile(**changes: Any) -> ModelProfile:  # noqa: ANN401 - fields of a ModelProfile
     """Return a model of a billion parameters; checkpointing trades memory for a third of time."""
     flops = Polynomial(c0=0.0, c1=6e9, c2=1e5)
-    logits = Polynomial(c0=0.0, c1=4e5, c2=0.0)
     plain = Trace(
-        activations_bytes=make_peak(1e6, 4e6, 300.0),
-        logits_bytes=logits,
+        one_row=(make_moment(1e6, 4e6, 300.0, logits=4e5),),
+        more_rows=(make_moment(1e6, 4e6, 300.0, logits=4e5),),
         flops=flops,
         operators=2000.0,
     )
     full = Trace(
-        activations_bytes=make_peak(1e6, 6e5, 30.0),
-        logits_bytes=logits,
+        one_row=(make_moment(1e6, 6e5, 30.0, logits=4e5),),
+        more_rows=(make_moment(1e6, 6e5, 30.0, logits=4e5),),
         flops=Polynomial(c0=0.0, c1=flops.c1 * 4 / 3, c2=flops.c2 * 4 / 3),
         operators=2700.0,
     )
@@ -109,6 +112,8 @@ def make_profile(**changes: Any) -> ModelProfile:  # noqa: ANN401 - fields of a 
         trainable_parameters=1_000_000_000,
         largest_layer_parameters=40_000_000,
         largest_parameter=60_000_000,
+        trained_sizes=(60_000_000, *(20_000_000,) * 44, 60_000_000),
+        frozen_sizes=(),
         num_layers=20,
         hidden_size=2048,
         vocab_size=32_000,

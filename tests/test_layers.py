@@ -15,6 +15,7 @@ LAYERS = (
     ("hardware", "workload", "setting", "outcome"),
     (
         "space",
+        "zero",
         "prune",
         "memory",
         "throughput",
@@ -36,7 +37,8 @@ LAYERS = (
 
 BESIDE = {
     "outcome": {"setting"},
-    "memory": {"space", "throughput"},
+    "memory": {"space", "zero"},
+    "emit": {"zero"},
     "prune": {"space"},
     "plan": {"memory", "prune", "space", "throughput"},
     "partial_checkpointing": {"memory", "plan", "prune", "space", "throughput"},

@@ -30,6 +30,7 @@ def trace(directory: Path, attention: str = "auto") -> ModelProfile:
             trust_remote_code=False,
             attention=attention,
             precision="fp32",
+            device_kind="cpu",
         )
     )
 
@@ -106,6 +107,7 @@ def test_the_peak_at_a_length_between_is_what_a_trace_of_it_gives(glm_tiny: Mode
         trust_remote_code=False,
         attention="sdpa",
         precision="fp32",
+        device_kind="cpu",
     )
     config = AutoConfig.from_pretrained(request.model_dir)
     for mode in ("none", "full"):

@@ -11,7 +11,7 @@ import pytest
 from autotune import builtin, emit, environment, processes
 from autotune.errors import VirtualRunUnavailableError
 from autotune.hardware import Cluster, Host
-from autotune.memory import GPU_RUNTIME_BYTES
+from autotune.memory import gpu_runtime_bytes
 from autotune.profile.virtual import (
     VirtualRequest,
     virtual_run,
@@ -131,6 +131,8 @@ def make_request(
         trainable_parameters=parameters,
         largest_layer_parameters=parameters // 4,
         largest_parameter=parameters // 4,
+        trained_sizes=(parameters,),
+        frozen_sizes=(),
         num_layers=3,
         hidden_size=64,
         vocab_size=512,
@@ -295,7 +297,7 @@ def test_zero_2_flattens_the_weights_where_there_is_room(
     room_for_tensors: int, copies: int, tmp_path: Path
 ) -> None:
     case = Case(model="llama", stage=2, precision="bf16", attention="sdpa", seq_length=16)
-    room = GPU_RUNTIME_BYTES + room_for_tensors
+    room = gpu_runtime_bytes(RANKS) + room_for_tensors
     gpus = replace(CLUSTER, kind="cuda", device_memory_bytes=room)
     request = make_request(case, model_directory(case.model, tmp_path), gpus, offload="cpu")
 

@@ -15,7 +15,7 @@ from autotune.errors import AutotuneError, ConfigError, SetupFaultError
 from autotune.hardware import Bench, Rates
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
-from autotune.workload import ModelProfile, Peak, Polynomial, Trace
+from autotune.workload import ModelProfile, Moment, Polynomial, Trace
 
 _TAIL_BYTES = 2000
 _ERROR_CHARACTERS = 500
@@ -195,24 +195,24 @@ def _build_ops(names: Sequence[str], path: str) -> None:
 def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
     """Read what `traced` returned."""
     traces = tuple((mode, _trace_from_json(trace)) for mode, trace in fields["traces"])
-    return ModelProfile(**{**fields, "traces": traces})
+    sizes = {name: tuple(fields[name]) for name in ("trained_sizes", "frozen_sizes")}
+    return ModelProfile(**{**fields, **sizes, "traces": traces})
 
 
 def _trace_from_json(fields: dict[str, Any]) -> Trace:
     return Trace(
-        activations_bytes=_peak_from_json(fields["activations_bytes"]),
-        logits_bytes=Polynomial(**fields["logits_bytes"]),
+        one_row=tuple(map(_moment_from_json, fields["one_row"])),
+        more_rows=tuple(map(_moment_from_json, fields["more_rows"])),
         flops=Polynomial(**fields["flops"]),
         operators=fields["operators"],
     )
 
 
-def _peak_from_json(fields: dict[str, Any]) -> Peak:
-    return Peak(
-        lengths=tuple(fields["lengths"]),
-        values=tuple(fields["values"]),
-        tail=Polynomial(**fields["tail"]),
-    )
+def _moment_from_json(fields: dict[str, Any]) -> Moment:
+    polynomials = {
+        name: Polynomial(**fields[name]) for name in ("rows_bytes", "batch_bytes", "logits_bytes")
+    }
+    return Moment(**{**fields, **polynomials, "lengths": tuple(fields["lengths"])})
 
 
 def rates_from_json(fields: dict[str, Any]) -> Rates:

@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autotune.errors import VirtualRunUnavailableError
-from autotune.profile.live_bytes import FixedScalars
+from autotune.profile.live_bytes import FixedScalars, ShapeMode
 from autotune.profile.virtual_gpu import DEVICE as VIRTUAL_DEVICE
 
 _ZERO = "deepspeed.runtime.zero"
@@ -36,11 +36,17 @@ _CONVERSIONS = {f"torch.nn.Module.{name}": _stay for name in ("to", "float", "ha
 
 @contextmanager
 def faked(
-    device_kind: str, *, rank: int, ranks: int, free_device_bytes: Callable[[], int] = lambda: 0
-) -> Iterator[None]:
-    """Be one of `ranks` ranks over fake tensors, on the CPU or on a virtual device.
+    device_kind: str,
+    *,
+    rank: int,
+    ranks: int,
+    padded: bool = True,
+    free_device_bytes: Callable[[], int] = lambda: 0,
+) -> Iterator[torch.device]:
+    """Be one of `ranks` ranks over fake tensors; gives the device, the CPU or a virtual one.
 
-    `free_device_bytes` answers DeepSpeed's question what a virtual device has left.
+    Batches are taken for ones with padding if they are `padded`. `free_device_bytes` answers
+    DeepSpeed's question what a virtual device has left.
 
     Raises:
         VirtualRunUnavailableError: a library lacks a name that has to give way.
@@ -53,10 +59,11 @@ def faked(
             stand_ins |= _device_stand_ins(free_device_bytes)
         for target, stand_in in stand_ins.items():
             stack.enter_context(replaced(target, stand_in))
+        stack.enter_context(padding(present=padded))
         stack.enter_context(_process_group(rank, ranks))
         stack.enter_context(fake_tensors())
         stack.enter_context(_Answers())
-        yield
+        yield torch.device(device)
 
 
 def _stand_ins() -> dict[str, object]:
@@ -103,11 +110,31 @@ def _nothing() -> None:
     return None
 
 
+_MASK_TEST = "transformers.masking_utils._ignore_causal_mask_sdpa"
+
+
+@contextmanager
+def padding(*, present: bool) -> Iterator[None]:
+    """Take masks that have no values for ones of rows with padding, or without.
+
+    transformers takes the causal kernel of SDPA if there is no padding. It never does for a fake
+    mask, so it is shown none.
+    """
+    if present:
+        yield
+        return
+    ignores = pkgutil.resolve_name(_MASK_TEST)
+
+    def without_mask(_mask: torch.Tensor | None, *args: object, **kwargs: object) -> object:
+        return ignores(None, *args, **kwargs)
+
+    with replaced(_MASK_TEST, without_mask):
+        yield
+
+
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Let tensors be fake, and the modules that hold them stay as they are built."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with ExitStack() as stack:
         for target, stand_in in _CONVERSIONS.items():
             stack.enter_context(replaced(target, stand_in))
@@ -183,10 +210,11 @@ class _Answers(FixedScalars):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class LibraryScratch(TorchDispatchMode):
+class LibraryScratch(ShapeMode):
     """Allocates what a library behind an operator takes while it works, unseen by dispatch.
 
-    Entered after the mode that follows the bytes, so that this one sees them.
+    Entered after the mode that follows the bytes, so that this one sees them, and the last of all,
+    so that it can answer where a tensor is: more than half of what is dispatched asks for that.
     """
 
     def __init__(self, device_kind: str) -> None:
@@ -200,6 +228,8 @@ class LibraryScratch(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator returns
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         scratch_of = self._scratch.get(func)
         scratch = None if scratch_of is None else scratch_of(args)
         result = func(*args, **(kwargs or {}))
@@ -219,6 +249,7 @@ def _attention_scratch(args: tuple[Any, ...]) -> torch.Tensor:
     return torch.empty_like(query, dtype=torch.float32)
 
 
+_DEVICE = torch.ops.prim.device.default
 _Scratch = Mapping[Any, Callable[[tuple[Any, ...]], torch.Tensor]]
 _GLOO_SCRATCH: _Scratch = {torch.ops.c10d._reduce_scatter_base_.default: _reduce_scatter_scratch}
 _CUDA_SCRATCH: _Scratch = {

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from autotune.hardware import DeviceKind
 from autotune.workload import Lora, Precision
 
 
@@ -9,7 +10,10 @@ from autotune.workload import Lora, Precision
 class TraceRequest:
     """A model, and how it is to run; attention `auto` is sdpa, or eager where a model lacks it.
 
+    The kind of device decides which kernel attention takes, and so what is kept for backward.
+
     Attributes:
+        padded: whether rows of a batch differ in length, so that its mask is kept.
         checkpointing: the modes to trace; `none` alone is traced of a model that has no other.
     """
 
@@ -17,5 +21,7 @@ class TraceRequest:
     trust_remote_code: bool
     attention: str
     precision: Precision
+    device_kind: DeviceKind
+    padded: bool = True
     lora: Lora | None = None
     checkpointing: tuple[str, ...] = ("none", "full")

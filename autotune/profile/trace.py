@@ -7,30 +7,38 @@ costs is then known, and everything grows with the number of layers from there.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from autotune.engine.model import from_config
-from autotune.profile.fakery import fake_tensors
-from autotune.profile.live_bytes import FixedScalars, LiveBytes
+from autotune.profile.fakery import faked
 from autotune.profile.request import TraceRequest
+from autotune.profile.timeline import (
+    Layer,
+    Points,
+    Timeline,
+    deepened,
+    follow_pass,
+    moments_of,
+    work_of,
+)
+from autotune.profile.virtual_gpu import place
 from autotune.setting import checkpointing_period
-from autotune.workload import ModelProfile, Peak, Polynomial, Trace
+from autotune.workload import ModelProfile, Moment, Polynomial, Trace
 
 _LONGEST = 4096
 _NO_LIMIT = 2**20
 """Positions of a model that takes rows of any length."""
 
+_SHARES = (0.25, 0.5, 1.0)
+"""Where in a span of lengths it is traced."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pass:
-    """One traced forward and backward pass over a single row."""
-
-    activations_bytes: int
-    flops: int
-    operators: int
+_DEPTH = 3
+"""Layers that are traced of a deeper model: a first, a last and one between; periods of layers
+where only every n-th is checkpointed."""
 
 
 def trace_model(request: TraceRequest) -> ModelProfile:
@@ -54,6 +62,10 @@ def trace_model(request: TraceRequest) -> ModelProfile:
         trainable_parameters=sum(trained),
         largest_layer_parameters=two - one,
         largest_parameter=max(sizes),
+        trained_sizes=tuple(trained),
+        frozen_sizes=tuple(
+            parameter.numel() for parameter in model.parameters() if not parameter.requires_grad
+        ),
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
@@ -80,18 +92,34 @@ def _positions(config: Any) -> int:  # noqa: ANN401 - PretrainedConfig
     return getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
 
 
-def _traced_lengths(config: Any) -> tuple[int, ...]:  # noqa: ANN401 - PretrainedConfig
-    """Return lengths that the model takes, ascending; the last three give a polynomial."""
-    longest = min(_LONGEST, _positions(config))
-    return tuple(longest // share for share in (64, 32, 16, 8, 4, 2, 1))
+def _spans(config: Any, *, padded: bool) -> list[tuple[int, int]]:  # noqa: ANN401
+    """Return the shortest and longest rows between which a model keeps tensors of the same kinds.
+
+    A mask that is not needed for padding is needed where rows outgrow a sliding window.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    last = _positions(config)
+    if padded or not window or window >= last - len(_SHARES):
+        return [(1, last)]
+    return [(1, window - 1), (window, last)]
+
+
+def _traced_lengths(span: tuple[int, int]) -> list[int]:
+    """Return three lengths within a span: bytes are polynomials of degree two in them."""
+    shortest, longest = span
+    furthest = min(longest, max(_LONGEST, 2 * shortest))
+    return [shortest + round(share * (furthest - shortest)) for share in _SHARES]
 
 
 def _with_depth(config: Any, depth: int) -> Any:  # noqa: ANN401 - PretrainedConfig
     shallow = copy.deepcopy(config)
     text = shallow.get_text_config()
+    # Lists that say something of each layer, as of its kind of attention.
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, (value * depth)[:depth])
     text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
     return shallow
 
 
@@ -100,16 +128,23 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _trace(config: Any, request: TraceRequest, mode: str) -> Trace:  # noqa: ANN401
-    lengths = _traced_lengths(config)
-    passes = [_at_full_depth(config, request, mode, length) for length in lengths]
-    bytes_ = [float(one.activations_bytes) for one in passes]
+    """Trace batches of one row, which have no padding and spare torch some copies, and of more."""
+    of_one = [
+        _passes(config, replace(request, padded=False), mode, rows=(1,), span=span)
+        for span in _spans(config, padded=False)
+    ]
+    of_more = [
+        _passes(config, request, mode, rows=(2, 3), span=span)
+        for span in _spans(config, padded=request.padded)
+    ]
+    longest = of_one[-1]
     return Trace(
-        activations_bytes=Peak(
-            lengths=lengths, values=tuple(bytes_), tail=_through(lengths[-3:], bytes_[-3:])
+        one_row=tuple(chain.from_iterable(one.moments for one in of_one)),
+        more_rows=tuple(chain.from_iterable(one.moments for one in of_more)),
+        flops=_through(
+            [length for _, length in longest.points], [flops for flops, _ in longest.work]
         ),
-        logits_bytes=_logits(config, request, mode),
-        flops=_through(lengths[-3:], [float(one.flops) for one in passes[-3:]]),
-        operators=max(one.operators for one in passes),
+        operators=max(operators for _, operators in longest.work),
     )
 
 
@@ -118,49 +153,50 @@ def _through(lengths: Sequence[int], values: Sequence[float]) -> Polynomial:
     return Polynomial(c0=float(c0), c1=float(c1), c2=float(c2))
 
 
-def _at_full_depth(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
-    """Trace few layers and a period more, and go on from there: each further one adds the same."""
-    period = checkpointing_period(mode)
-    more, rest = divmod(config.get_text_config().num_hidden_layers - 1, period)
-    depths = (rest + 1, rest + 1 + period)
-    one, two = (_run(_with_depth(config, depth), request, mode, length) for depth in depths)
-    return _Pass(
-        activations_bytes=one.activations_bytes
-        + more * (two.activations_bytes - one.activations_bytes),
-        flops=one.flops + more * (two.flops - one.flops),
-        operators=one.operators + more * (two.operators - one.operators),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Passes:
+    """Passes at several points: their moments, and the FLOPs and operators of each."""
+
+    points: Points
+    moments: tuple[Moment, ...]
+    work: list[tuple[float, float]]
+
+
+def _passes(
+    config: Any,  # noqa: ANN401 - PretrainedConfig
+    request: TraceRequest,
+    mode: str,
+    *,
+    rows: tuple[int, ...],
+    span: tuple[int, int],
+) -> _Passes:
+    """Trace a few layers and go on from there, or all of them where they are few."""
+    points = [(several, length) for several in rows for length in _traced_lengths(span)]
+    layers, period = config.get_text_config().num_hidden_layers, checkpointing_period(mode)
+    depth = _DEPTH * period + layers % period
+    more = max(0, (layers - depth) // period)
+    shallow = _with_depth(config, depth) if more else config
+    timelines = [_run(shallow, request, mode, *point) for point in points]
+    layer = None
+    if more:
+        smaller = _run(_with_depth(config, depth - period), request, mode, *points[0])
+        layer = Layer.between(smaller, timelines[0])
+    deep = timelines if layer is None else [deepened(one, layer, more) for one in timelines]
+    return _Passes(
+        points=points,
+        moments=moments_of(points, deep, span),
+        work=[work_of(one, layer, more) for one in timelines],
     )
 
 
-def _logits(config: Any, request: TraceRequest, mode: str) -> Polynomial:  # noqa: ANN401
-    """Return what of the peak grows with the vocabulary, by tracing half of it."""
-    half = _with_depth(config, 1)
-    vocab_size = half.get_text_config().vocab_size
-    half.get_text_config().vocab_size = vocab_size // 2
-    # It may lie in the half that is gone.
-    half.get_text_config().pad_token_id = None
-    length = _traced_lengths(config)[-2]
-    whole_bytes = _run(_with_depth(config, 1), request, mode, length).activations_bytes
-    half_bytes = _run(half, request, mode, length).activations_bytes
-    growth = (whole_bytes - half_bytes) * vocab_size / (vocab_size - vocab_size // 2)
-    return Polynomial(c0=0.0, c1=growth / length, c2=0.0)
-
-
-def _run(config: Any, request: TraceRequest, mode: str, length: int) -> _Pass:  # noqa: ANN401
-    """Trace one pass over a row that has padding, gradients of earlier micro-steps in place."""
-    with fake_tensors(), FixedScalars():
-        model = from_config(config, request, mode)
+def _run(
+    config: Any,  # noqa: ANN401 - PretrainedConfig
+    request: TraceRequest,
+    mode: str,
+    rows: int,
+    length: int,
+) -> Timeline:
+    with faked(request.device_kind, rank=0, ranks=1, padded=request.padded) as device:
+        model = place(from_config(config, request, mode), device)
         model.train()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        known = [*model.parameters(), *(parameter.grad for parameter in trained)]
-        ids = torch.zeros((1, length), dtype=torch.int64)
-        mask = torch.ones_like(ids)
-        with LiveBytes(known) as live:
-            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-    return _Pass(
-        activations_bytes=live.peak["cpu"],
-        flops=live.flops,
-        operators=live.operators,
-    )
+        return follow_pass(model, rows, length, device)

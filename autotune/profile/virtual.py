@@ -20,9 +20,10 @@ _TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VirtualRequest:
-    """What to run: every row `seq_length` tokens long, the attention mask kept as with padding.
+    """What to run: every row `seq_length` tokens long.
 
     Attributes:
+        padded: whether the attention mask is kept, as it is where rows of a batch differ in length.
         rank: whose memory is followed. Ranks differ by what their partitions cut off a parameter.
         steps: optimizer updates. In the first the optimizer makes its states, and ZeRO 3 learns the
             order of the layers; the second is like every later one.
@@ -34,6 +35,7 @@ class VirtualRequest:
     micro_batch_size: int
     gradient_accumulation_steps: int
     seq_length: int
+    padded: bool = True
     rank: int = 0
     steps: int = 2
 

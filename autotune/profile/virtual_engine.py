@@ -1,5 +1,6 @@
 """Builds and steps the engine of a virtual run, and tells its bytes apart."""
 
+import functools
 import resource
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from autotune.engine.trainer import build_trainer, count_trained
-from autotune.memory import GPU_RUNTIME_BYTES
+from autotune.memory import gpu_runtime_bytes
 from autotune.profile.fakery import LibraryScratch, faked
 from autotune.profile.live_bytes import LiveBytes, Parts
 from autotune.profile.virtual import VirtualRequest, VirtualRun
@@ -34,29 +35,35 @@ def follow(request: VirtualRequest) -> VirtualRun:
     def free_device_bytes() -> int:
         # What a device shows as free is without its context and communicators too.
         tensors = live.current[VIRTUAL_GPU]
-        return request.spec.device_memory_bytes - GPU_RUNTIME_BYTES - tensors
+        runtime = gpu_runtime_bytes(request.ranks)
+        return request.spec.device_memory_bytes - runtime - tensors
 
     with (
         faked(
             request.spec.device_kind,
             rank=request.rank,
             ranks=request.ranks,
+            padded=request.padded,
             free_device_bytes=free_device_bytes,
-        ),
+        ) as device,
         live,
         LibraryScratch(request.spec.device_kind),
     ):
-        engine = VirtualEngine(request, live, parts)
-        for _ in range(request.steps):
+        engine = VirtualEngine(request, live, parts, device)
+        for step in range(1, request.steps + 1):
             live.reset_counts()
-            engine.update()
-    on_cpu = request.spec.device_kind == "cpu"
-    device = "cpu" if on_cpu else VIRTUAL_GPU
+            accumulated = request.gradient_accumulation_steps - 1
+            # Micro-steps before the boundary are all alike, and show in the last update.
+            if accumulated and step == request.steps:
+                engine.micro_step(boundary=False)
+                live.multiply_counts(accumulated)
+            engine.micro_step(boundary=True)
+    on_cpu = device.type == "cpu"
     return VirtualRun(
-        peak_device_bytes=live.peak[device],
+        peak_device_bytes=live.peak[device.type],
         peak_host_bytes=0 if on_cpu else live.peak["cpu"],
         parameters=engine.parameters,
-        parts={part: size for part, size in live.peak_parts[device].items() if size},
+        parts={part: size for part, size in live.peak_parts[device.type].items() if size},
         collectives={name: size for name, size in live.collectives.items() if size},
         flops=live.flops,
         operators=live.operators,
@@ -89,7 +96,13 @@ class EngineParts(Parts):
 class VirtualEngine:
     """The engine, and the optimizer updates that it takes."""
 
-    def __init__(self, request: VirtualRequest, live: LiveBytes, parts: EngineParts) -> None:
+    def __init__(
+        self,
+        request: VirtualRequest,
+        live: LiveBytes,
+        parts: EngineParts,
+        device: torch.device,
+    ) -> None:
         self._request = request
         self._live = live
         self._parts = parts
@@ -99,7 +112,7 @@ class VirtualEngine:
             _with_python_optimizer(request.ds_config),
             load_weights=False,
             dataset=dataset,
-            wrap_model=_stay if request.spec.device_kind == "cpu" else place,
+            wrap_model=functools.partial(place, device=device),
         )
         model = self._trainer.model
         parts.default = "buffers"
@@ -115,16 +128,15 @@ class VirtualEngine:
         self._mark_gradients()
         self._assign_states()
 
-    def update(self) -> None:
-        """Take the micro-steps of one optimizer update."""
+    def micro_step(self, *, boundary: bool) -> None:
+        """Run forward and backward, and the optimizer update at a boundary."""
+        self._parts.default = "activations"
+        batch = self._trainer.data_collator(list(self._trainer.train_dataset))
         accumulation = self._request.gradient_accumulation_steps
-        dataset = self._trainer.train_dataset
-        for micro_step in range(1, accumulation + 1):
-            self._parts.default = "activations"
-            batch = self._trainer.data_collator(list(dataset))
-            trained = self._request.ranks * accumulation * count_trained(batch)
-            self._trainer.micro_step(batch, max(1, trained), boundary=micro_step == accumulation)
-        self._assign_states()
+        trained = self._request.ranks * accumulation * count_trained(batch)
+        self._trainer.micro_step(batch, max(1, trained), boundary=boundary)
+        if boundary:
+            self._assign_states()
 
     def _mark_steps(self) -> None:
         step = self._engine.step
@@ -147,10 +159,6 @@ class VirtualEngine:
     def _assign_states(self) -> None:
         self._live.assign(_optimizer_states(self._engine.optimizer), "optimizer")
         self._live.assign(self._weights, "weights")
-
-
-def _stay(model: Any) -> Any:  # noqa: ANN401 - PreTrainedModel
-    return model
 
 
 def _with_python_optimizer(ds_config: dict[str, Any]) -> dict[str, Any]:

@@ -91,8 +91,10 @@ class VirtualAccelerator(CPU_Accelerator):  # type: ignore[misc]
         return self._constructor(torch.float32)
 
 
-def place(model: torch.nn.Module) -> torch.nn.Module:
+def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Put what is on the host onto the device; ZeRO 3 has placed its shards already."""
+    if device.type == "cpu":
+        return model
     placed: dict[int, torch.Tensor] = {}
     for module in model.modules():
         # Replaced in the module's own tables: a fake tensor cannot be moved in place.
