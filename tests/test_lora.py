@@ -1,7 +1,9 @@
-"""Adapters beside frozen weights: built, traced, trained, saved, merged, the same by any setting."""
+"""Adapters beside frozen weights: built, traced, trained, resumed, saved, merged."""
 
 import json
+import os
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -187,9 +189,6 @@ def emitted(run_dir: Path, directory: Path, setting: Setting, *, merge: bool = F
 
 def train(directory: Path, *arguments: str) -> list[float]:
     """Train from the files in a directory on two ranks; returns the losses."""
-    import os
-    import sys
-
     done = subprocess.run(
         [*emit.torchrun_command(sys.executable, 2), *arguments],
         cwd=directory,

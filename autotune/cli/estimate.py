@@ -196,7 +196,7 @@ def _estimate(
         )
         modes = [mode for mode, _ in workload.profile.traces]
         if setting.structure.checkpointing not in modes:
-            msg = "transformers cannot checkpoint the layers of this model: use --checkpointing none"
+            msg = "this model's layers cannot be checkpointed: use --checkpointing none"
             raise UsageError(msg)
         virtual = None
         if exact:

@@ -18,9 +18,9 @@ from autotune.dataset.rows import Rows
 from autotune.engine.device import MemoryMeter, enter_rank
 from autotune.engine.ops import load_ops, needed_ops
 from autotune.engine.trainer import build_trainer
-from autotune.train.adapters import adapters_dir, merge, with_base
 from autotune.processes import die_with_parent
 from autotune.rundir import write_json, write_text
+from autotune.train.adapters import adapters_dir, merge, with_base
 from autotune.workload import TrainSpec
 
 _log = logging.getLogger(__name__)
