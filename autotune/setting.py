@@ -8,6 +8,7 @@ from typing import Any, Literal
 Offload = Literal["none", "cpu"]
 
 ZERO_STAGES = (0, 1, 2, 3)
+FLASH_ATTENTION = "flash_attention_2"
 
 _EVERY = re.compile(r"every-([2-9]|[1-9][0-9]+)")
 

@@ -12,12 +12,13 @@ from autotune import builtin, emit, environment, processes
 from autotune.errors import VirtualRunUnavailableError
 from autotune.hardware import Cluster, Host
 from autotune.memory import gpu_runtime_bytes
+from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import (
     VirtualRequest,
     virtual_run,
 )
 from autotune.setting import Offload, Structure
-from autotune.workload import Job, ModelProfile, Precision
+from autotune.workload import ALL_LINEAR, Job, Lora, ModelProfile, Precision
 
 RANKS = 2
 _TINY: dict[str, dict[str, Any]] = {
@@ -39,14 +40,20 @@ class Case:
     precision: Precision = "fp32"
     seq_length: int = 64
     ranks: int = RANKS
+    lora: Lora | None = None
 
     def __str__(self) -> str:
+        method = "full" if self.lora is None else "lora"
         return "-".join(
-            (self.model, f"zero{self.stage}", self.attention, self.checkpointing, self.precision)
+            (
+                *(self.model, f"zero{self.stage}", self.attention, self.checkpointing),
+                *(self.precision, method),
+            )
         )
 
 
-FAST = [Case(model="glm-tiny", stage=3)]
+LORA = Lora(rank=8, alpha=16, dropout=0.0, targets=(ALL_LINEAR,))
+FAST = [Case(model="glm-tiny", stage=3), Case(model="llama", stage=2, lora=LORA)]
 GRID = [
     *(Case(model="llama", stage=stage) for stage in (0, 1, 2, 3)),
     *(
@@ -60,6 +67,14 @@ GRID = [
     Case(model="gemma", stage=3),
     Case(model="gpt_neox", stage=2, attention="sdpa"),
     Case(model="opt", stage=3),
+    *(Case(model="llama", stage=stage, lora=LORA) for stage in (0, 1)),
+    *(
+        Case(model="llama", stage=stage, precision="bf16", checkpointing="full", lora=LORA)
+        for stage in (1, 3)
+    ),
+    Case(model="gpt2", stage=3, lora=replace(LORA, dropout=0.1)),
+    Case(model="qwen2", stage=2, lora=replace(LORA, targets=("q_proj", "v_proj"))),
+    Case(model="llama", stage=3, checkpointing="every-2"),
 ]
 
 
@@ -106,13 +121,14 @@ def make_request(
     case: Case, directory: Path, cluster: Cluster = CLUSTER, offload: Offload = "none"
 ) -> VirtualRequest:
     """Two rows a micro-batch, two micro-steps an update, through the configs that are emitted."""
-    parameters = count_parameters(directory)
+    parameters, trainable = count_parameters(directory, case.lora)
     job = Job(
         model=case.model,
         model_dir=str(directory),
         from_scratch=True,
         trust_remote_code=False,
-        method="full",
+        method="full" if case.lora is None else "lora",
+        lora=case.lora,
         precision=case.precision,
         max_seq_length=512,
         global_batch_size=4 * case.ranks,
@@ -128,11 +144,11 @@ def make_request(
     profile = ModelProfile(
         architecture="",
         parameters=parameters,
-        trainable_parameters=parameters,
+        trainable_parameters=trainable,
         largest_layer_parameters=parameters // 4,
         largest_parameter=parameters // 4,
-        trained_sizes=(parameters,),
-        frozen_sizes=(),
+        trained_sizes=(trainable,),
+        frozen_sizes=(parameters - trainable,),
         num_layers=3,
         hidden_size=64,
         vocab_size=512,
@@ -160,13 +176,26 @@ def make_request(
     )
 
 
-def count_parameters(directory: Path) -> int:
+def count_parameters(directory: Path, lora: Lora | None = None) -> tuple[int, int]:
+    """Return all parameters, and the trainable ones."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from autotune.engine.model import from_config
+
+    recipe = TraceRequest(
+        model_dir="",
+        trust_remote_code=False,
+        attention="eager",
+        precision="fp32",
+        device_kind="cpu",
+        lora=lora,
+    )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    return sum(parameter.numel() for parameter in model.parameters())
+        model = from_config(AutoConfig.from_pretrained(directory), recipe)
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return sum(one.numel() for one in parameters), sum(one.numel() for one in trained)
 
 
 def run_real_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> None:
@@ -275,7 +304,7 @@ def test_a_thousand_ranks_take_no_other_rank(tmp_path: Path) -> None:
 
     run = virtual_run(replace(request, steps=1), tmp_path / "virtual.log")
 
-    assert run.parameters == count_parameters(Path(request.spec.model_dir))
+    assert run.parameters == count_parameters(Path(request.spec.model_dir))[0]
     assert run.parts["optimizer"] < run.parts["weights"] / 10
 
 

@@ -19,10 +19,24 @@ from autotune.cli.options import (
 )
 from autotune.cli.summary import estimate_text
 from autotune.errors import UsageError, VirtualRunUnavailableError
-from autotune.setting import ZERO_STAGES, Setting, Structure
+from autotune.setting import (
+    FLASH_ATTENTION,
+    ZERO_STAGES,
+    Setting,
+    Structure,
+    checkpointing_period,
+)
 
 if TYPE_CHECKING:
     from autotune.intake import Question
+
+
+def _checkpointing(ctx: click.Context, parameter: click.Parameter, text: str) -> str:
+    try:
+        checkpointing_period(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from None
+    return text
 
 
 @click.command(name="estimate")
@@ -55,13 +69,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--checkpointing",
-    type=click.Choice(["none", "full"]),
+    callback=_checkpointing,
     default="none",
-    help="Whether blocks recompute their activations [none].",
+    metavar="none|full|every-N",
+    help="Which layers recompute their activations: every one, or every N-th of them [none].",
 )
 @click.option(
     "--attention",
-    type=click.Choice(["sdpa", "eager"]),
+    type=click.Choice(["sdpa", "eager", FLASH_ATTENTION]),
     default="sdpa",
     help="Attention implementation that the model has [sdpa].",
 )
@@ -135,7 +150,25 @@ def _setting(question: "Question", structure: Structure, micro_batch_size: int) 
     if structure.offload_param != "none" and structure.zero_stage < ZERO_STAGES[-1]:
         msg = "--offload-param needs --zero-stage 3"
         raise UsageError(msg)
+    if structure.attention == FLASH_ATTENTION:
+        _require_flash_attention(question)
     return structure.with_micro_batch(micro_batch_size, ranks, global_batch_size)
+
+
+def _require_flash_attention(question: "Question") -> None:
+    """Refuse it where its kernel does not run.
+
+    Raises:
+        UsageError: the devices are no GPUs, or the precision has more than 16 bits.
+    """
+    from autotune.intake import choose_precision
+
+    if not question.cluster.has_separate_memory:
+        msg = f"--attention {FLASH_ATTENTION} needs GPUs: name some with --gpus, or use sdpa"
+        raise UsageError(msg)
+    if choose_precision(question.options["precision"], question.cluster) == "fp32":
+        msg = f"--attention {FLASH_ATTENTION} computes in bf16 or fp16: choose one, or use sdpa"
+        raise UsageError(msg)
 
 
 def _estimate(
@@ -155,7 +188,12 @@ def _estimate(
             logs=Path(scratch),
             imagined=intake.ImaginedRows(seq_length=seq_length),
             attention=setting.structure.attention,
+            checkpointing=(setting.structure.checkpointing,),
         )
+        modes = [mode for mode, _ in workload.profile.traces]
+        if setting.structure.checkpointing not in modes:
+            msg = "this model's layers cannot be checkpointed: use --checkpointing none"
+            raise UsageError(msg)
         virtual = None
         if exact:
             try:

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autotune.errors import VirtualRunUnavailableError
+from autotune.profile import flash
 from autotune.profile.live_bytes import FixedScalars, ShapeMode
 from autotune.profile.virtual_gpu import DEVICE as VIRTUAL_DEVICE
 
@@ -133,11 +134,21 @@ def padding(*, present: bool) -> Iterator[None]:
 
 
 @contextmanager
+def flash_attention() -> Iterator[None]:
+    """Let models be built with flash attention, and run with it where tensors are fake."""
+    with ExitStack() as stack:
+        for target, stand_in in flash.stand_ins().items():
+            stack.enter_context(replaced(target, stand_in))
+        yield
+
+
+@contextmanager
 def fake_tensors() -> Iterator[None]:
     """Let tensors be fake, and the modules that hold them stay as they are built."""
     with ExitStack() as stack:
         for target, stand_in in _CONVERSIONS.items():
             stack.enter_context(replaced(target, stand_in))
+        stack.enter_context(flash_attention())
         # Constants that libraries made at import, real ones, meet fake tensors.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from autotune.engine.model import from_config
-from autotune.profile.fakery import faked
+from autotune.profile.fakery import faked, flash_attention
 from autotune.profile.request import TraceRequest
 from autotune.profile.timeline import (
     Layer,
@@ -49,7 +49,7 @@ def trace_model(request: TraceRequest) -> ModelProfile:
         request.model_dir, trust_remote_code=request.trust_remote_code, local_files_only=True
     )
     text = config.get_text_config()
-    with torch.device("meta"):
+    with torch.device("meta"), flash_attention():
         request = _choose_attention(config, request)
         model = from_config(config, request)
         one, two = (_count(from_config(_with_depth(config, depth), request)) for depth in (1, 2))

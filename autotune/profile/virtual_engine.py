@@ -154,7 +154,8 @@ class VirtualEngine:
                 self._live.assign([weight.grad], "gradients")
 
         for weight in self._weights:
-            weight.register_post_accumulate_grad_hook(mark)
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(mark)
 
     def _assign_states(self) -> None:
         self._live.assign(_optimizer_states(self._engine.optimizer), "optimizer")
