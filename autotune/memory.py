@@ -142,9 +142,7 @@ class _Peak:
         )
 
     @classmethod
-    def of(
-        cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int
-    ) -> "_Peak":
+    def of(cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int) -> "_Peak":
         """Take the moment at which activations, gradients and buffers together are the most."""
         moments = tuple(one for one in moments if one.lengths[0] <= length <= one.lengths[1])
         powers = np.array([1.0, length, float(length) ** 2])

@@ -147,8 +147,12 @@ class Engine:
     @property
     def share(self) -> int:
         """Elements that this rank updates."""
-        return (self.shards.elements, self.shards.partition, self.shards.partition,
-                self.shards.shard)[self.zero_stage]
+        return (
+            self.shards.elements,
+            self.shards.partition,
+            self.shards.partition,
+            self.shards.shard,
+        )[self.zero_stage]
 
 
 def weights(engine: Engine) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune import processes
-from autotune.errors import ConfigError, SetupFaultError
+from autotune.errors import AutotuneError, ConfigError, SetupFaultError
 from autotune.hardware import Rates
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
@@ -24,7 +24,7 @@ def traced(request: TraceRequest, log: Path) -> dict[str, Any]:
     """
     answer = _ask(_trace, request, log=log)
     if "error" in answer:
-        msg = f"the model in {request.model_dir} cannot be traced: {answer['error']}"
+        msg = f"the model in {request.model_dir}: {answer['error']}"
         raise ConfigError(msg)
     return answer
 
@@ -74,6 +74,8 @@ def _ask(function: Callable[..., None], *args: Any, log: Path) -> dict[str, Any]
 def _answer(path: str, make: Callable[[], dict[str, Any]]) -> None:
     try:
         answer = make()
+    except AutotuneError as error:
+        answer = {"error": str(error)}
     except Exception as error:
         logging.getLogger(__name__).exception("no answer")
         answer = {"error": f"{type(error).__name__}: {error}"}

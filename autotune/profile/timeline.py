@@ -58,8 +58,11 @@ def follow_pass(model: Any, rows: int, length: int) -> Timeline:  # noqa: ANN401
             parameter.register_post_accumulate_grad_hook(live.take_gradient)
     with live:
         ids = torch.zeros((rows, length), dtype=torch.int64)
-        labels, mask = torch.zeros_like(ids), torch.ones_like(ids)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": ids.clone()}
+        # The Trainer copies the batch to the device, and lets go of it when the loss is there.
+        on_device = {name: tensor.clone() for name, tensor in batch.items()}
+        loss = model(**on_device).loss
+        del on_device
         backward = len(live.names)
         loss.backward()
     return Timeline(

@@ -71,9 +71,7 @@ def _run_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> No
     spec = replace(request.spec, trainer=trainer_arguments)
     accumulation = request.gradient_accumulation_steps
     with LiveBytes() as live:
-        trainer = build_trainer(
-            spec, request.ds_config, load_weights=False, dataset=_rows(request)
-        )
+        trainer = build_trainer(spec, request.ds_config, load_weights=False, dataset=_rows(request))
         trainer.prepare_engine(10)
         peaks = [live.peak["cpu"]]
         for _ in range(_UPDATES):
