@@ -197,14 +197,14 @@ def gradients_in_pass(engine: Engine, handed_over: Floats) -> Floats:
     shards = engine.shards
     match engine.zero_stage:
         case 0 | 1:
-            elements = np.full_like(handed_over, shards.elements)
-            elements = elements if engine.accumulates else handed_over
+            whole = np.full_like(handed_over, shards.elements)
+            elements = whole if engine.accumulates else handed_over
         case _ if engine.offloads:
             elements = np.zeros_like(handed_over)
         case 2:
             filled = (handed_over > shards.bucket) & (shards.elements > shards.bucket)
-            kept = float(engine.accumulates) + filled
-            elements = kept * shards.most_overlapped
+            kept = np.where(filled, 1.0, 0.0) + float(engine.accumulates)
+            elements = kept * float(shards.most_overlapped)
         case _:
             elements = np.full_like(handed_over, shards.shard)
     return np.asarray(engine.compute_bytes * elements, dtype=np.float64)

@@ -35,6 +35,7 @@ def recipe(directory: Path, **changes: Any) -> TraceRequest:  # noqa: ANN401 - f
         trust_remote_code=False,
         attention="eager",
         precision="bf16",
+        device_kind="cpu",
         lora=LORA,
     )
     return replace(request, **changes)

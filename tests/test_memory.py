@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from records import make_cluster, make_job, make_peak, make_profile
+from records import make_cluster, make_job, make_moment, make_profile
 
 from autotune.memory import PARTS, Floats, MemoryEstimate, estimate_memory
 from autotune.setting import Structure
 from autotune.space import Space, enumerate_space
 from autotune.units import GIB
-from autotune.workload import ModelProfile, Polynomial, Precision, Trace
+from autotune.workload import ModelProfile, Moment, Polynomial, Precision, Trace
 
 STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 MIB = 1024 * 1024
@@ -32,8 +32,9 @@ def estimate(
 
 
 def states_of(space: Space, memory: MemoryEstimate, stage: int, *, offload: str = "none") -> float:
-    """Return the resident model states of a stage, at any micro-batch size."""
+    """Return the resident model states of a stage while it accumulates, at any micro-batch size."""
     rows = (space.column("zero_stage") == stage) & (space.column("offload_optimizer") == offload)
+    rows &= space.gradient_accumulation_steps > 1
     states: Floats = sum(getattr(memory, name) for name in STATES)
     (one,) = set(states[rows].tolist())
     return float(one)
@@ -41,17 +42,29 @@ def states_of(space: Space, memory: MemoryEstimate, stage: int, *, offload: str 
 
 coefficients = st.floats(0, 1e7)
 polynomials = st.builds(Polynomial, c0=coefficients, c1=coefficients, c2=st.floats(0, 1e4))
+moments = st.lists(
+    st.builds(
+        Moment,
+        rows_bytes=polynomials,
+        batch_bytes=polynomials,
+        logits_bytes=polynomials,
+        gradients=st.floats(0, 1e9),
+        lengths=st.just((1, 2**20)),
+    ),
+    min_size=1,
+    max_size=4,
+).map(tuple)
 traces = st.builds(
-    Trace,
-    activations_bytes=st.builds(make_peak, coefficients, coefficients, st.floats(0, 1e4)),
-    logits_bytes=polynomials,
-    flops=polynomials,
-    operators=st.just(1.0),
+    # torch spares a single row some copies, and takes none besides.
+    lambda several, flops: Trace(one_row=several, more_rows=several, flops=flops, operators=1.0),
+    moments,
+    polynomials,
 )
 profiles = st.builds(
     lambda plain, full, parameters: make_profile(
         parameters=parameters,
         trainable_parameters=parameters,
+        trained_sizes=(parameters // 3, parameters - parameters // 3),
         traces=(("none", plain), ("full", full)),
     ),
     traces,
@@ -74,9 +87,11 @@ def test_the_parts_sum_to_what_is_allocated(profile: ModelProfile, gpus: int, lo
 def test_memory_never_falls_with_the_micro_batch(profile: ModelProfile, gpus: int) -> None:
     space, memory = estimate(gpus=gpus, profile=profile)
     for place in range(len(space.structures)):
-        rows = space.structure_index == place
+        # Without accumulation no gradients wait for others, which may be more than rows add.
+        rows = (space.structure_index == place) & (space.gradient_accumulation_steps > 1)
         assert (np.diff(space.micro_batch_size[rows]) > 0).all()
-        assert (np.diff(memory.device_bytes[rows]) >= 0).all()
+        # What is subtracted and added again is rounded.
+        assert (np.diff(memory.device_bytes[rows]) >= -1e-12 * memory.device_bytes.max()).all()
 
 
 @given(profiles, st.integers(1, 4096), st.integers(0, 4096))
@@ -85,8 +100,8 @@ def test_memory_never_falls_with_the_longest_row(
 ) -> None:
     _, shorter = estimate(longest=longest, profile=profile)
     _, longer = estimate(longest=longest + more, profile=profile)
-    # In whole bytes: what is subtracted and added again is rounded.
-    assert (np.rint(longer.device_bytes) >= np.rint(shorter.device_bytes)).all()
+    # What is subtracted and added again is rounded.
+    assert (longer.device_bytes >= shorter.device_bytes * (1 - 1e-12)).all()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -101,13 +116,14 @@ def test_resident_states_never_grow_from_stage_1_to_3(gpus: int, precision: Prec
 def test_mixed_precision_holds_sixteen_bytes_a_parameter_shared_out_by_stage() -> None:
     space, memory = estimate(gpus=4)
     a_parameter = [states_of(space, memory, stage) / 10**9 for stage in range(4)]
-    assert a_parameter == [16.0, 4 + 12 / 4, 2 + 14 / 4, 16 / 4]
+    # ZeRO 2 keeps whole parameters of which its partition has a part.
+    assert a_parameter == [16.0, 4 + 12 / 4, pytest.approx(2 + 14 / 4, rel=0.02), 16 / 4]
 
 
 def test_fp32_keeps_a_copy_of_the_weights_only_from_stage_1_on() -> None:
     space, memory = estimate(gpus=4, precision="fp32")
     a_parameter = [states_of(space, memory, stage) / 10**9 for stage in range(3)]
-    assert a_parameter == [16.0, 8 + 12 / 4, 4 + 16 / 4]
+    assert a_parameter == [16.0, 8 + 12 / 4, pytest.approx(4 + 16 / 4, rel=0.02)]
 
 
 def test_an_offloaded_optimizer_is_in_host_memory_instead() -> None:
@@ -144,7 +160,8 @@ def test_a_checkpointing_mode_that_was_not_traced_is_no_free_lunch() -> None:
 
 
 def test_what_is_frozen_has_neither_gradients_nor_optimizer_states() -> None:
-    _, memory = estimate(profile=replace(make_profile(), trainable_parameters=0))
+    frozen = make_profile(trained_sizes=(), frozen_sizes=(10**9,), trainable_parameters=0)
+    _, memory = estimate(profile=frozen)
     assert memory.gradients_bytes.max() == memory.optimizer_bytes.max() == 0
     assert memory.weights_bytes.min() > 0
 
@@ -165,9 +182,10 @@ def test_weights_are_flattened_beside_themselves_where_the_device_has_room(
 ) -> None:
     # A billion parameters in bf16 are 1.9 GiB, twice that 3.7, and the runtime takes 2.
     cluster = make_cluster(gpus=64, memory_bytes=memory_gib * GIB)
-    nothing = make_peak(0.0, 1.0, 0.0)
+    nothing = (make_moment(0.0, 1.0, 0.0),)
     traces = tuple(
-        (mode, replace(trace, activations_bytes=nothing)) for mode, trace in make_profile().traces
+        (mode, replace(trace, one_row=nothing, more_rows=nothing))
+        for mode, trace in make_profile().traces
     )
     space = enumerate_space(cluster, 64)
     memory = estimate_memory(space, make_profile(traces=traces), make_job(), cluster, 1)

@@ -69,6 +69,7 @@ def test_it_is_what_a_trace_of_every_second_layer_says() -> None:
         trust_remote_code=False,
         attention="auto",
         precision="fp32",
+        device_kind="cpu",
         checkpointing=("none", "full", "every-2"),
     )
     profile, job, cluster = trace_model(request), make_job(), make_cluster(gpus=2)

@@ -158,6 +158,7 @@ def test_a_type_that_transformers_does_not_have_is_refused_with_the_nearest(
             trust_remote_code=False,
             attention="auto",
             precision="fp32",
+            device_kind="cpu",
         )
 
     with pytest.raises(ConfigError, match="nearest are llama, "):

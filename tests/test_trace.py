@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from autotune import builtin
-from autotune.memory import peak_of_a_row
 from autotune.profile.request import TraceRequest
 from autotune.workload import ModelProfile
 
@@ -85,7 +84,8 @@ def glm_tiny() -> ModelProfile:
 
 def test_checkpointing_trades_memory_for_arithmetic(glm_tiny: ModelProfile) -> None:
     plain, full = glm_tiny.trace("none"), glm_tiny.trace("full")
-    assert full.activations_bytes.tail.c1 < plain.activations_bytes.tail.c1
+    a_token = [max(one.rows_bytes.c1 for one in trace.more_rows) for trace in (full, plain)]
+    assert a_token == sorted(a_token)
     assert full.flops.c1 > plain.flops.c1
     assert full.operators > plain.operators
 
@@ -95,23 +95,3 @@ def test_a_forward_and_a_backward_pass_take_six_operations_a_weight(glm_tiny: Mo
     embedding = glm_tiny.vocab_size * glm_tiny.hidden_size
     expected = 6 * (glm_tiny.parameters - embedding)
     assert glm_tiny.trace("none").flops.c1 == pytest.approx(expected, rel=0.01)
-
-
-def test_the_peak_at_a_length_between_is_what_a_trace_of_it_gives(glm_tiny: ModelProfile) -> None:
-    from transformers import AutoConfig
-
-    from autotune.profile import trace as tracing
-
-    request = TraceRequest(
-        model_dir=str(builtin.directory("glm-tiny")),
-        trust_remote_code=False,
-        attention="sdpa",
-        precision="fp32",
-        device_kind="cpu",
-    )
-    config = AutoConfig.from_pretrained(request.model_dir)
-    for mode in ("none", "full"):
-        for length in (40, 300, 880):
-            traced = tracing._at_full_depth(config, request, mode, length).activations_bytes
-            estimated = peak_of_a_row(glm_tiny.trace(mode).activations_bytes, length)
-            assert estimated == pytest.approx(traced, rel=0.05)

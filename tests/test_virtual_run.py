@@ -1,12 +1,12 @@
 """The virtual run against DeepSpeed on real gloo ranks: the same bytes, the same collectives."""
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gloo_ranks import real_runs
 
 from autotune import builtin, emit, environment, processes
 from autotune.errors import VirtualRunUnavailableError
@@ -196,78 +196,6 @@ def count_parameters(directory: Path, lora: Lora | None = None) -> tuple[int, in
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return sum(one.numel() for one in parameters), sum(one.numel() for one in trained)
-
-
-def run_real_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> None:
-    """Take the same steps with real tensors on a real process group."""
-    import torch
-    from torch.distributed import FileStore  # type: ignore[attr-defined] # public, not in __all__
-
-    from autotune.engine.trainer import build_trainer
-    from autotune.profile.live_bytes import LiveBytes
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        store=FileStore(store, request.ranks),
-        rank=rank,
-        world_size=request.ranks,
-    )
-    trainer_arguments = {**request.spec.trainer, "output_dir": str(Path(answer).parent)}
-    spec = replace(request.spec, trainer=trainer_arguments)
-    with LiveBytes() as live:
-        trainer = build_trainer(
-            spec, request.ds_config, load_weights=False, dataset=padded_rows(request.seq_length)
-        )
-        trainer.prepare_engine(10)
-        peaks = [live.peak["cpu"]]
-        for _ in range(6):
-            live.peak["cpu"] = live.current["cpu"]
-            live.reset_counts()
-            for boundary in (False, True):
-                batch = trainer.data_collator(list(trainer.train_dataset))
-                trainer.micro_step(batch, 100, boundary=boundary)
-            peaks.append(live.peak["cpu"])
-    # Gloo's threads may let go of a buffer later than they could, which adds to an update's peak.
-    peak = max(peaks[0], min(peaks[2:]))
-    figures = {"peak": peak, "flops": live.flops, "collectives": dict(live.collectives)}
-    Path(answer).write_text(json.dumps(figures))
-    os._exit(0)
-
-
-def padded_rows(length: int) -> Any:  # noqa: ANN401 - a list serves as a dataset
-    """Two rows, of which the second is shorter and so gets padding."""
-    return [
-        {"input_ids": [3] * tokens, "trained": [True] * tokens} for tokens in (length, length - 7)
-    ]
-
-
-def real_runs(request: VirtualRequest, directory: Path) -> list[dict[str, Any]]:
-    answers = [directory / f"rank-{rank}.json" for rank in range(request.ranks)]
-    ranks = [
-        processes.start(
-            run_real_rank,
-            request,
-            rank,
-            str(directory / "store"),
-            str(answer),
-            log=directory / f"rank-{rank}.log",
-            environment={
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(request.ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "0",
-            },
-        )
-        for rank, answer in enumerate(answers)
-    ]
-    try:
-        for process in ranks:
-            process.join(120)
-    finally:
-        processes.end(ranks)
-    return [json.loads(answer.read_text()) for answer in answers]
 
 
 def assert_same(case: Case, directory: Path, ranks: range) -> None:

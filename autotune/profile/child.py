@@ -35,7 +35,7 @@ def traced(request: TraceRequest, log: Path) -> dict[str, Any]:
     )
     for answer in answers:
         if "error" in answer:
-            msg = f"the model in {request.model_dir} cannot be traced: {answer['error']}"
+            msg = f"the model in {request.model_dir}: {answer['error']}"
             raise ConfigError(msg)
     # A model without checkpointing answers each with the same.
     traces = dict(trace for answer in answers for trace in answer["traces"])

@@ -12,6 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+
+def _flops_of_groups(left: torch.Tensor, right: torch.Tensor, *_args: Any, **_kwargs: Any) -> int:  # noqa: ANN401 - the rest of the operator's
+    """Count a product of groups, whose sizes sum to the dimension that has no group of its own."""
+    if left.dim() > right.dim():
+        return 2 * left.shape[1] * right.numel()
+    return 2 * left.numel() * right.shape[-1]
+
+
 _FLOPS = {
     **flop_registry,
     # torch counts attention by its GPU kernels alone; a CPU's takes the same arguments.
@@ -21,6 +29,7 @@ _FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (  # noqa: SLF001
         flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_backward]  # noqa: SLF001
     ),
+    torch.ops.aten._grouped_mm: _flops_of_groups,  # noqa: SLF001 - its name
 }
 
 
@@ -179,7 +188,8 @@ def _tensors(value: object) -> list[torch.Tensor]:
 class FixedScalars(ShapeMode):
     """Answers questions about values that fake tensors do not have: no, nought, or one.
 
-    A mask is then taken for one with padding, and a gradient norm for finite.
+    A mask is then taken for one with padding, and a gradient norm for finite. Experts of a mixture
+    are multiplied in the type that they are in.
     """
 
     def __init__(self) -> None:
@@ -195,4 +205,22 @@ class FixedScalars(ShapeMode):
         if func is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001 - the operator's name
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
+        if func is torch.ops.aten._grouped_mm.default:  # noqa: SLF001 - the operator's name
+            return _multiply_groups(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+def _multiply_groups(
+    func: torch._ops.OpOverload[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """Shape a product of groups: for fake tensors torch has it in bf16 alone, as its CUDA kernel.
+
+    On a CPU the real one takes other types too.
+    """
+    dtype = args[0].dtype
+    in_bf16 = [
+        arg.to(torch.bfloat16) if torch.is_tensor(arg) and arg.is_floating_point() else arg
+        for arg in args
+    ]
+    product: torch.Tensor = func(*in_bf16, **kwargs)
+    return product.to(dtype)

@@ -67,9 +67,12 @@ def follow_pass(
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(live.take_gradient)
     with live, LibraryScratch(device.type):
-        ids = torch.zeros((rows, length), dtype=torch.int64, device=device)
-        labels, mask = torch.zeros_like(ids), torch.ones_like(ids)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        ids = torch.zeros((rows, length), dtype=torch.int64)
+        batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": ids.clone()}
+        # The Trainer copies the batch to the device, and lets go of it when the loss is there.
+        on_device = {name: tensor.to(device, copy=True) for name, tensor in batch.items()}
+        loss = model(**on_device).loss
+        del on_device
         backward = len(live.names)
         loss.backward()
     return Timeline(
@@ -235,7 +238,8 @@ def _coefficients(points: Points, values: Sequence[Floats]) -> Floats:
     scale = bases.max(axis=0)
     coefficients = np.zeros((6, len(values[0])))
     coefficients[unknown] = np.linalg.lstsq((bases / scale)[:, unknown], np.array(values))[0]
-    return np.maximum(coefficients / scale[:, None], 0.0)
+    scaled: Floats = coefficients / scale[:, None]
+    return np.maximum(scaled, 0.0)
 
 
 def _polynomial(coefficients: Floats) -> Polynomial:

@@ -5,6 +5,7 @@ costs is then known, and everything grows with the number of layers from there.
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from autotune.engine.model import from_config
+from autotune.errors import ConfigError
 from autotune.profile.fakery import faked, flash_attention
 from autotune.profile.request import TraceRequest
 from autotune.profile.timeline import (
@@ -42,12 +44,47 @@ where only every n-th is checkpointed."""
 
 
 def trace_model(request: TraceRequest) -> ModelProfile:
-    """Count the parameters and trace forward and backward with and without checkpointing."""
+    """Count the parameters and trace forward and backward with and without checkpointing.
+
+    Raises:
+        ConfigError: the model is no causal language model of transformers, or cannot be run
+            without values.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
         request.model_dir, trust_remote_code=request.trust_remote_code, local_files_only=True
     )
+    _require_causal(config, request)
+    try:
+        return _profiled(config, request)
+    except Exception as error:
+        logging.getLogger(__name__).exception("no trace")
+        msg = (
+            f"a {config.model_type} model cannot be run over tensors without values "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}), which is how its memory"
+            " is found out: use an architecture of dense attention, as Llama, Qwen or GLM are"
+        )
+        raise ConfigError(msg) from error
+
+
+def _require_causal(config: Any, request: TraceRequest) -> None:  # noqa: ANN401
+    from transformers import AutoModelForCausalLM
+
+    brings_code = request.trust_remote_code and "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    known = type(config) in AutoModelForCausalLM._model_mapping  # noqa: SLF001 - no public name
+    if config.is_encoder_decoder or not (known or brings_code):
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "no causal language"
+        msg = (
+            f"{config.model_type} is {kind} model: name a causal language model of transformers, "
+            "as Llama, Qwen, GLM or GPT-2 are"
+        )
+        raise ConfigError(msg)
+
+
+def _profiled(config: Any, request: TraceRequest) -> ModelProfile:  # noqa: ANN401
     text = config.get_text_config()
     with torch.device("meta"), flash_attention():
         request = _choose_attention(config, request)

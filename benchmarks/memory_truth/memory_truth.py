@@ -239,6 +239,7 @@ class Bench:
                 trust_remote_code=False,
                 attention="auto",
                 precision=precision,
+                device_kind="cpu",
                 padded=padded,
             )
             log = self._directory / "profile.log"
