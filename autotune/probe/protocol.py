@@ -119,7 +119,10 @@ def _seconds(value: object) -> float:
 
 
 def worst_of(measurements: list[RungMeasurement]) -> RungMeasurement:
-    """Merge what the ranks saw of the same rung: the slowest times and the largest memory.
+    """Merge what the ranks saw of the same rung: the slowest rank's times, the largest memory.
+
+    Ranks that do not wait for each other in a micro-step do so over many of them, so the times of
+    one rank are kept together: the slower of two at each repetition is slower than either.
 
     Raises:
         ValueError: they timed other lengths than each other, or unlike often.
@@ -137,11 +140,11 @@ def worst_of(measurements: list[RungMeasurement]) -> RungMeasurement:
 def _slowest(
     ranks: list[tuple[tuple[int, tuple[float, ...]], ...]],
 ) -> tuple[tuple[int, tuple[float, ...]], ...]:
-    if len({tuple(length for length, _ in rank) for rank in ranks}) > 1:
-        msg = "ranks have timed unlike lengths"
+    if len({tuple((length, len(times)) for length, times in rank) for rank in ranks}) > 1:
+        msg = "ranks have timed unlike lengths, or unlike often"
         raise ValueError(msg)
     return tuple(
-        (entries[0][0], tuple(map(max, zip(*(times for _, times in entries), strict=True))))
+        (entries[0][0], max((times for _, times in entries), key=sum))
         for entries in zip(*ranks, strict=True)
     )
 

@@ -121,48 +121,67 @@ class Ladder:
         started = time.perf_counter()
         accumulates = rung.gradient_accumulation_steps > 1
         self._meter.reset()
-        if accumulates:
-            self._step(rung.memory_rows, rung, boundary=False)
-        self._step(rung.memory_rows, rung, boundary=True)
-        accumulate_s = tuple(
-            (length, self._time(rows, rung, boundary=not accumulates))
-            for length, rows in rung.timed_rows
-        )
+        self._fill_memory(rung)
         middle = rung.timed_rows[len(rung.timed_rows) // 2]
-        boundary_s = (
-            ((middle[0], self._time(middle[1], rung, boundary=True)),) if accumulates else ()
-        )
+        accumulate_s, boundary_s = [], []
+        for length, rows in rung.timed_rows:
+            # Of a boundary what counts is how much longer it takes: the two are timed in turn, so
+            # that what slows the machine meets both.
+            both = accumulates and length == middle[0]
+            kinds = (False, True) if both else (not accumulates,)
+            times = self._time(rows, rung, kinds)
+            accumulate_s.append((length, times[0]))
+            boundary_s += [(length, boundary) for boundary in times[1:]]
         return RungMeasurement(
             micro_batch_size=rung.micro_batch_size,
-            accumulate_s=accumulate_s,
-            boundary_s=boundary_s,
+            accumulate_s=tuple(accumulate_s),
+            boundary_s=tuple(boundary_s),
             # At the end: a resident set still grows a little over the first few repetitions.
             peak_bytes=self._meter.peak_bytes(),
             seconds=time.perf_counter() - started,
         )
 
-    def _time(self, rows: tuple[int, ...], rung: RungPlan, *, boundary: bool) -> tuple[float, ...]:
-        """Repeat a micro-step until its time has settled; returns the repetitions that count.
+    def _fill_memory(self, rung: RungPlan) -> None:
+        """Take an optimizer step on the longest rows, all its micro-batches drawn before it."""
+        held = [self._batch(rung.memory_rows) for _ in range(rung.gradient_accumulation_steps)]
+        if len(held) > 1:
+            self._take(held[0], rung, boundary=False)
+        self._take(held[-1], rung, boundary=True)
 
-        Of each repetition the slowest rank's time is known to all, so all see the same sample and
-        stop after the same one: a repetition is a collective.
+    def _time(
+        self, rows: tuple[int, ...], rung: RungPlan, kinds: tuple[bool, ...]
+    ) -> list[tuple[float, ...]]:
+        """Repeat micro-steps until their times have settled; returns the repetitions that count.
+
+        There is a series for each of `kinds`, which says whether its micro-step is a boundary. Of
+        each repetition the slowest rank's time is known to all, so all see the same sample and stop
+        after the same one: a repetition is a collective.
         """
-        times: list[float] = []
-        while (sample := settled(times)) is None:
-            times.append(self._slowest(self._step(rows, rung, boundary=boundary)))
-        return sample
+        own: list[list[float]] = [[] for _ in kinds]
+        slowest: list[list[float]] = [[] for _ in kinds]
+        while None in (samples := [settled(times) for times in slowest]):
+            for kind, boundary in enumerate(kinds):
+                own[kind].append(self._step(rows, rung, boundary=boundary))
+                slowest[kind].append(self._slowest(own[kind][-1]))
+        return [
+            tuple(times[-len(sample) :])
+            for times, sample in zip(own, samples, strict=True)
+            if sample is not None
+        ]
 
     def _step(self, rows: tuple[int, ...], rung: RungPlan, *, boundary: bool) -> float:
         """Take a micro-step, its batch put together as training does it in between."""
-        from autotune.engine.trainer import count_trained
-
         synchronize()
         started = time.perf_counter()
-        batch = self._batch(rows)
-        trained = count_trained(batch) * self._ranks * rung.gradient_accumulation_steps
-        self._trainer.micro_step(batch, max(1, trained), boundary=boundary)
+        self._take(self._batch(rows), rung, boundary=boundary)
         synchronize()
         return time.perf_counter() - started
+
+    def _take(self, batch: dict[str, Any], rung: RungPlan, *, boundary: bool) -> None:
+        from autotune.engine.trainer import count_trained
+
+        trained = count_trained(batch) * self._ranks * rung.gradient_accumulation_steps
+        self._trainer.micro_step(batch, max(1, trained), boundary=boundary)
 
     def _batch(self, rows: tuple[int, ...]) -> dict[str, Any]:
         dataset = self._trainer.train_dataset

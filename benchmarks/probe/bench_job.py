@@ -47,7 +47,7 @@ def prepare(directory: Path, *, global_batch_size: int, rows: int, longest: int)
     write_data(data, rows, longest)
     given = {"dataset": data, "devices": RANKS, "global_batch_size": global_batch_size}
     question = intake.ask(resolve([Layer("benchmark", {k: str(v) for k, v in given.items()})]))
-    intake.start_processes(question.cluster)
+    intake.start_processes(question)
     workload = intake.look_into(question, dataset_dir=directory / "dataset", logs=directory)
     build_ops(["ShareMemCommBuilder"], directory / "ops.log")
     site = JobSite(
