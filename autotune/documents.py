@@ -101,10 +101,9 @@ def measured_memory(virtual: VirtualRun, cluster: Cluster) -> MemoryEstimate:
     named = {f"{part}_bytes": size for part, size in virtual.parts.items()}
     parts = {name: np.array([float(named.pop(name, 0))]) for name in PARTS}
     parts["other_bytes"] = parts["other_bytes"] + sum(named.values())
-    allocated = np.array([float(virtual.peak_device_bytes)])
     return MemoryEstimate(
         **parts,
-        runtime_bytes=runtime_bytes(cluster, allocated),
+        runtime_bytes=runtime_bytes(cluster, parts),
         host_bytes=np.array([float(virtual.peak_host_bytes)]),
     )
 

@@ -4,7 +4,7 @@ N is the number of data-parallel ranks, Psi the parameters, Psi_t the trainable 
 the compute type. Sources: ZeRO (arXiv:1910.02054, section 3 and 5) and DeepSpeed's runtime/zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -32,8 +32,13 @@ _CONTEXT_BYTES = 768 * _MIB
 _COMMUNICATORS_BYTES = 1280 * _MIB
 """Communicators take up to 1.5 GiB (same source), once there are ranks to talk to."""
 
-_FRAGMENTATION = 0.03
-"""Share of the allocated peak that the allocator holds besides."""
+_CPU_FRAGMENTATION = 0.03
+"""Share of the allocated peak that malloc holds besides."""
+
+_GPU_FRAGMENTATION = 0.4
+"""Share of what comes and goes within a step that torch's caching allocator holds besides: blocks
+that were let go of and fit nothing since. Weights and states stay where they are. Fitted to
+published figures of reserved memory and of nvidia-smi (benchmarks/published)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +92,8 @@ PARTS = tuple(
     if field.name not in ("runtime_bytes", "host_bytes")
 )
 
+_FLEETING = ("activations_bytes", "logits_bytes", "buffers_bytes")
+
 
 def estimate_memory(
     space: Space, profile: ModelProfile, job: Job, cluster: Cluster, longest_row: int
@@ -107,8 +114,7 @@ def estimate_memory(
         peak = _Peak.of_trace(trace, engine, space.micro_batch_size[places], longest_row)
         for name, values in _terms(structure, engine, cluster, peak).items():
             columns[name][places] = values
-    allocated = np.sum([columns[name] for name in PARTS], axis=0)
-    return MemoryEstimate(**columns, runtime_bytes=runtime_bytes(cluster, allocated))
+    return MemoryEstimate(**columns, runtime_bytes=runtime_bytes(cluster, columns))
 
 
 def shards_of(profile: ModelProfile, ranks: int) -> Shards:
@@ -219,25 +225,26 @@ def _terms(
 ) -> dict[str, Floats | float]:
     """Return the terms of settings that differ in their micro-batch size alone.
 
-    What another moment than that of `peak` needs beyond it is in other_bytes.
+    What another moment than that of `peak` needs beyond it is in other_bytes, but for the gradients
+    that are whole by then.
     """
     weights, optimizer = zero.weights(engine), zero.optimizer(engine)
     params_off = structure.offload_param != "none"
     optimizer_off = structure.offload_optimizer != "none"
     on_device = weights * (not params_off) + optimizer * (not optimizer_off)
-    elsewhere = max(
-        _creation(engine, cluster) - on_device,
-        zero.reducing(engine),
-        zero.updating(engine, _temporaries(structure, cluster)),
-    )
+    creation = _creation(engine, cluster) - on_device
+    step = max(zero.reducing(engine), zero.updating(engine, _temporaries(structure, cluster)))
+    beyond = np.maximum(0.0, max(creation, step) - peak.total)
+    missing = zero.resident_gradients(engine) - peak.gradients
+    gradients = np.clip(missing, 0.0, beyond) if step >= creation else np.zeros_like(beyond)
     return {
         "weights_bytes": weights * (not params_off),
-        "gradients_bytes": peak.gradients,
+        "gradients_bytes": peak.gradients + gradients,
         "optimizer_bytes": optimizer * (not optimizer_off),
         "activations_bytes": peak.activations - peak.logits,
         "logits_bytes": peak.logits,
         "buffers_bytes": peak.buffers,
-        "other_bytes": np.maximum(0.0, elsewhere - peak.total),
+        "other_bytes": beyond - gradients,
         "host_bytes": weights * params_off
         + optimizer * optimizer_off
         + zero.offloaded_gradients(engine),
@@ -266,9 +273,13 @@ def _temporaries(structure: Structure, cluster: Cluster) -> int:
     return 0 if on_host or cluster.has_separate_memory else 2
 
 
-def runtime_bytes(cluster: Cluster, allocated: Floats) -> Floats:
-    """Return what a rank holds besides tensors, for each peak of allocated bytes."""
-    return fixed_runtime_bytes(cluster) + _FRAGMENTATION * allocated
+def runtime_bytes(cluster: Cluster, parts: Mapping[str, Floats]) -> Floats:
+    """Return what a rank holds besides tensors, for peaks of these parts."""
+    names, share = PARTS, _CPU_FRAGMENTATION
+    if cluster.has_separate_memory:
+        names, share = _FLEETING, _GPU_FRAGMENTATION
+    held: Floats = np.sum([parts[name] for name in names], axis=0)
+    return fixed_runtime_bytes(cluster) + share * held
 
 
 def fixed_runtime_bytes(cluster: Cluster) -> int:

@@ -188,26 +188,35 @@ def gradients_in_pass(engine: Engine, handed_over: Floats) -> Floats:
     those of its partition from one micro-step to the next, whole parameters (all_grad_tensors of
     stage_1_and_2.py), stage 3 has a flat buffer for its shard (grad_partitions_flat_buffer of
     stage3.py). They are of the compute type, which is DeepSpeed's gradient accumulation type
-    unless told otherwise.
+    unless told otherwise. What stage 2 reduces within the pass counts with the buffers.
 
     Args:
         engine: as it is set up.
         handed_over: elements whose gradients the backward pass has made, moment by moment.
     """
+    kept = np.full_like(handed_over, resident_gradients(engine))
+    match engine.zero_stage:
+        case 0 | 1:
+            return kept if engine.accumulates else engine.compute_bytes * handed_over
+        case 2:
+            return kept * float(engine.accumulates)
+        case _:
+            return kept
+
+
+def resident_gradients(engine: Engine) -> float:
+    """Return the gradients that an update takes, as they are before it."""
     shards = engine.shards
     match engine.zero_stage:
         case 0 | 1:
-            whole = np.full_like(handed_over, shards.elements)
-            elements = whole if engine.accumulates else handed_over
+            elements = shards.elements
         case _ if engine.offloads:
-            elements = np.zeros_like(handed_over)
+            elements = 0
         case 2:
-            filled = (handed_over > shards.bucket) & (shards.elements > shards.bucket)
-            kept = np.where(filled, 1.0, 0.0) + float(engine.accumulates)
-            elements = kept * float(shards.most_overlapped)
+            elements = shards.most_overlapped
         case _:
-            elements = np.full_like(handed_over, shards.shard)
-    return np.asarray(engine.compute_bytes * elements, dtype=np.float64)
+            elements = shards.shard
+    return float(engine.compute_bytes * elements)
 
 
 def buffers_in_pass(engine: Engine, handed_over: Floats, hands_over: NDArray[np.bool_]) -> Floats:
@@ -215,8 +224,9 @@ def buffers_in_pass(engine: Engine, handed_over: Floats, hands_over: NDArray[np.
 
     Stages 1 and 2 make their bucket for the first gradient of a micro-step (setup_buckets of
     stage_1_and_2.py). Stage 2 lets go of it after each, stage 1 after the last. A full bucket is
-    copied to be reduced. Stage 3 has its bucket from the start (_setup_for_real_optimizer of
-    stage3.py).
+    copied to be reduced, and stage 2 then has the gradients of its partition beside those of
+    earlier micro-steps (averaged_gradients). Stage 3 has its bucket from the start
+    (_setup_for_real_optimizer of stage3.py).
     """
     shards, size = engine.shards, engine.compute_bytes
     passage = _passage(engine)
@@ -229,7 +239,10 @@ def buffers_in_pass(engine: Engine, handed_over: Floats, hands_over: NDArray[np.
             bucket = shards.bucket * (1.0 * (begun | engine.accumulates))
             return np.asarray(size * (bucket + passage), np.float64)
         case 2:
-            return np.asarray(size * (shards.bucket * (1.0 * begun + full) + passage), np.float64)
+            reduced = np.where(handed_over > shards.bucket, handed_over, 0.0)
+            reduced = np.minimum(reduced, shards.most_overlapped * (not engine.offloads))
+            bucket = shards.bucket * (1.0 * begun + full)
+            return np.asarray(size * (bucket + reduced + passage), np.float64)
         case _:
             bucket = shards.bucket * (1.0 + full * _copies_to_scatter(engine))
             return np.asarray(size * (bucket + _gathered(shards, handed_over)), np.float64)

@@ -88,10 +88,14 @@ def test_chatglm3_does_not_fit_one_a100_without_offload(tmp_path: Path) -> None:
     for entry in document["settings"]:
         offloaded = entry["setting"]["offload_optimizer"] == "cpu"
         memory = entry["memory"]
-        states = sum(memory[f"{part}_bytes"] for part in ("weights", "gradients", "optimizer"))
         if not offloaded:
-            # 16 bytes a parameter: 93 GiB.
-            assert states == 16 * 6_243_584_000
+            # 16 bytes a parameter: 93 GiB. Of those 2 are gradients, which are let go of within
+            # the step where none wait for others.
+            states = sum(memory[f"{part}_bytes"] for part in ("weights", "gradients", "optimizer"))
+            accumulates = entry["setting"]["gradient_accumulation_steps"] > 1
+            least = 16 if accumulates else 14
+            assert least * 6_243_584_000 <= states * 1.001 <= 16.1 * 6_243_584_000
+            assert memory["allocated_bytes"] > 16 * 6_243_584_000
             assert entry["rejected_by"]["rule"] == "device_memory"
     assert any(entry["fits"] for entry in document["settings"])
 

@@ -128,9 +128,13 @@ def test_a_rejection_for_the_host_names_need_ranks_and_budget() -> None:
     rejection = plan.rejection(row)
     assert rejection is not None
     assert rejection.rule == "host_memory"
-    # 12 bytes of each of a billion parameters, over both ranks.
-    assert rejection.detail == "needs 11.2 GiB of host memory for 2 ranks, 8.00 GiB are there"
-    assert plan.rejected_by_rule()["host_memory"] == offloaded.sum()
+    # States of a billion parameters and gradients, over both ranks, and a pinned gradient each.
+    gradients = 4 + 2 + 2 * (plan.space.gradient_accumulation_steps[row] > 1)
+    need = ((12 + gradients) * 1e9 + 2 * 2 * 60e6) / GIB
+    said = f"needs {need:.1f} GiB of host memory for 2 ranks, 8.00 GiB are there"
+    assert rejection.detail == said
+    too_large = plan.memory.device_bytes > 80 * GIB
+    assert plan.rejected_by_rule()["host_memory"] == (offloaded & ~too_large).sum()
 
 
 def test_an_entry_has_exactly_the_keys_of_the_contract() -> None:

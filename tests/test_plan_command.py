@@ -42,11 +42,11 @@ def test_a_cell_is_the_best_of_the_plan_for_it(tmp_path: Path) -> None:
 
 
 def test_a_cell_where_nothing_fits_says_what_is_lacking(tmp_path: Path) -> None:
-    arguments = ("--matrix", "--gpus", "T4-16GB", "--counts", "1", "--device-memory", "2GiB")
+    arguments = ("--matrix", "--gpus", "T4-16GB", "--counts", "1", "--device-memory", "700MiB")
     (cell,) = ask(tmp_path, *arguments)["cells"]
-    plan = ask(tmp_path, "--gpus", "T4-16GB", "--device-memory", "2GiB", "--all")
+    plan = ask(tmp_path, "--gpus", "T4-16GB", "--device-memory", "700MiB", "--all")
     assert cell["best"] is None
-    lacks = [entry["memory"]["device_bytes"] - (2 << 30) for entry in plan["settings"]]
+    lacks = [entry["memory"]["device_bytes"] - (700 << 20) for entry in plan["settings"]]
     assert cell["shortfall"]["device_bytes"] == pytest.approx(min(lacks), abs=2)
     done = autotune("plan", *ROWS, *arguments, cwd=tmp_path)
     assert "lacks " in done.stdout
@@ -86,7 +86,7 @@ def test_a_dataset_says_how_long_the_training_is(tmp_path: Path, short_rows: Pat
 
 
 def test_the_table_has_a_bar_and_what_would_make_the_nearest_miss_fit(tmp_path: Path) -> None:
-    arguments = ("--gpus", "T4-16GB", "--device-memory", "2300MiB")
+    arguments = ("--gpus", "T4-16GB", "--device-memory", "880MiB")
     done = autotune("plan", *ROWS, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[#" in done.stdout

@@ -92,7 +92,7 @@ def test_no_smaller_change_is_enough(gib: int, gpus: int) -> None:
             size for size in smaller_sizes if size > remedies.get("micro_batch_size", 0)
         ]
         for size in larger_than_said:
-            assert not fits(replace(setting, micro_batch_size=size), cluster)
+            assert not fits(setting.structure.with_micro_batch(size, 1, rows), cluster)
 
 
 @given(budgets)

@@ -22,7 +22,6 @@ from records import (
 )
 
 from autotune.errors import CannotWriteError, InterruptedRunError, SetupFaultError
-from autotune.memory import PARTS
 from autotune.outcome import Crashed, Interrupted, Measured, OutOfMemory, Rung, TimedOut, Unknown
 from autotune.plan import Plan
 from autotune.probe.fakes import Answer, ScriptedProber
@@ -167,13 +166,14 @@ def test_nothing_is_asked_that_needs_as_much_as_what_ran_out_of_memory(seed: int
     story = Story(perturbed(plan_with(16), seed, memory_factor=1.2))
     story.run()
     plan = story.surface.plan
-    terms = np.stack([getattr(plan.memory, part) for part in PARTS])
-    settings = [plan.space.setting(row) for row in range(len(plan.space))]
-    rows = np.array([settings.index(rung.setting) for rung in story.recorded])
+    needs = plan.memory.allocated_bytes
+    rows = [plan.row_of(rung.setting) for rung in story.recorded]
     for place, rung in enumerate(story.recorded):
-        later = rows[place + 1 :]
         if isinstance(rung.outcome, OutOfMemory):
-            assert not (terms[:, later] >= terms[:, rows[place : place + 1]]).all(axis=0).any()
+            for later, row in zip(story.recorded[place + 1 :], rows[place + 1 :], strict=True):
+                larger = later.setting.micro_batch_size >= rung.setting.micro_batch_size
+                alike = later.setting.structure == rung.setting.structure and larger
+                assert not (alike and needs[row] >= needs[rows[place]])
     assert any(isinstance(rung.outcome, OutOfMemory) for rung in story.recorded)
 
 

@@ -7,15 +7,17 @@ over predicted memory.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.memory import PARTS
 from autotune.outcome import Interrupted, Measured, Outcome, OutOfMemory, Rung
 from autotune.plan import Plan
+from autotune.setting import checkpointing_period
+from autotune.space import Space
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -150,14 +152,32 @@ def _possible(plan: Plan, tried: Mapping[int, Outcome]) -> Bools:
 
 
 def _needs_as_much(plan: Plan, row: int, outcome: OutOfMemory) -> Bools:
-    """Say of each setting whether it needs at least as much as the row in every term.
+    """Say of each setting whether it needs at least as much as the row.
 
-    Where the host's memory ran out, what an offloaded optimizer takes of it is a term too.
+    No knob of it may save memory that the row did not save, and the estimate must not be lower:
+    whatever an estimate is off by is then in both. Where the host's memory ran out, what an
+    offloaded optimizer takes of it must be as much too.
     """
-    names = PARTS if outcome.where == "device" else (*PARTS, "host_bytes")
-    terms = np.stack([getattr(plan.memory, name) for name in names])
-    as_much: Bools = np.logical_and.reduce(terms >= terms[:, row : row + 1])
+    memory = plan.memory
+    as_much: Bools = memory.allocated_bytes >= memory.allocated_bytes[row]
+    if outcome.where != "device":
+        as_much &= memory.host_bytes >= memory.host_bytes[row]
+    for saves in _savings(plan.space):
+        as_much &= saves <= saves[row]
     return as_much
+
+
+def _savings(space: Space) -> Iterator[NDArray[Any]]:
+    """Yield for each knob a number that grows with the memory it saves."""
+    yield -space.micro_batch_size
+    yield space.column("zero_stage")
+    for place in ("offload_optimizer", "offload_param"):
+        yield space.column(place) != "none"
+    yield space.column("attention") != "eager"
+    modes = space.column("checkpointing")
+    kept = {mode: 1 - 1 / checkpointing_period(str(mode)) for mode in np.unique(modes)}
+    kept |= {"none": 1.0, "full": 0.0}
+    yield np.array([-kept[mode] for mode in modes])
 
 
 def _normal_cdf(z: Floats) -> Floats:

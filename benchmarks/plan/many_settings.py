@@ -20,7 +20,7 @@ from autotune.devices import named_cluster, named_rates, parse_gpus
 from autotune.plan import make_plan
 from autotune.profile.request import TraceRequest
 from autotune.profile.trace import trace_model
-from autotune.setting import Structure
+from autotune.setting import Offload, Structure
 from autotune.space import Space, micro_batch_sizes
 from autotune.workload import Job, ModelProfile
 
@@ -71,11 +71,16 @@ def job() -> Job:
 def profile_of_many(settings: int) -> tuple[ModelProfile, Space]:
     """Trace the model, and make a space of at least so many settings of it."""
     request = TraceRequest(
-        model_dir=str(MODEL), trust_remote_code=False, attention="auto", precision="bf16"
+        model_dir=str(MODEL),
+        trust_remote_code=False,
+        attention="auto",
+        precision="bf16",
+        device_kind="cuda",
     )
     profile = trace_model(request)
     sizes = micro_batch_sizes(GLOBAL_BATCH_SIZE, GPUS.count)
-    places = [(stage, place) for stage in range(4) for place in ("none", "cpu")]
+    offloads: tuple[Offload, ...] = ("none", "cpu")
+    places = [(stage, place) for stage in range(4) for place in offloads]
     modes = -(-settings // (len(sizes) * len(places)))
     traces = [replace(profile.traces[1][1]) for _ in range(modes)]
     structures = tuple(

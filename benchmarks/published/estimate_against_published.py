@@ -41,6 +41,9 @@ _LARGEST = "H200-141GB"
 """Stands in for a GPU that a row does not name, or that is not in the table of devices."""
 _A_NODE = 8
 
+_LORA_DROPOUT = {"Lightning-AI/litgpt": 0.05}
+"""Of the scripts that measured, by repository, where it is not 0 (finetune/lora.py)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -79,7 +82,7 @@ def compare(measurement: Measurement, directory: Path) -> Comparison:
         question,
         dataset_dir=directory / "dataset",
         logs=directory,
-        seq_length=int(measurement.seq_len),
+        imagined=intake.ImaginedRows(seq_length=int(measurement.seq_len)),
         attention=structure.attention,
     )
     entry = intake.estimate_setting(workload, setting).entry(0)
@@ -122,6 +125,7 @@ def _ask(measurement: Measurement, directory: Path) -> intake.Question:
     if measurement.method == "lora":
         options["lora_rank"] = int(measurement.lora_rank or 8)
         options["lora_targets"] = targets_of(measurement.row)
+        options["lora_dropout"] = _LORA_DROPOUT.get(measurement.source_repo, 0.0)
     gpu, cap = _gpu(measurement)
     if cap is not None:
         options["device_memory"] = cap

@@ -107,7 +107,7 @@ def compare(case: Case, directory: Path) -> Comparison:
         question,
         dataset_dir=directory / "dataset",
         logs=directory,
-        seq_length=case.seq_length,
+        imagined=intake.ImaginedRows(seq_length=case.seq_length),
         attention=intake.ATTENTION,
     )
     setting = Structure(
