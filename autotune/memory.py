@@ -92,6 +92,7 @@ PARTS = tuple(
     if field.name not in ("runtime_bytes", "host_bytes")
 )
 
+STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 _FLEETING = ("activations_bytes", "logits_bytes", "buffers_bytes")
 
 

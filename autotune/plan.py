@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
-from autotune.memory import PARTS, MemoryEstimate, estimate_memory
+from autotune.memory import PARTS, STATES, MemoryEstimate, estimate_memory
 from autotune.prune import best_beside, has_place_between, outdone
 from autotune.setting import Setting
 from autotune.space import Space
@@ -125,6 +125,9 @@ class Plan:
                 f"needs {format_bytes(memory['device_bytes'])} a rank ({shares}), "
                 f"{format_bytes(self.budget_bytes)} are there"
             )
+            states = sum(memory[name] for name in STATES)
+            if states > self.budget_bytes:
+                detail += f"; weights, gradients and optimizer alone are {format_bytes(states)}"
         else:
             ranks = self.space.ranks
             detail = (

@@ -8,13 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import make_cluster, make_job, make_moment, make_profile
 
-from autotune.memory import PARTS, Floats, MemoryEstimate, estimate_memory
+from autotune.memory import PARTS, STATES, Floats, MemoryEstimate, estimate_memory
 from autotune.setting import Structure
 from autotune.space import Space, enumerate_space
 from autotune.units import GIB
 from autotune.workload import ModelProfile, Moment, Polynomial, Precision, Trace
 
-STATES = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
 MIB = 1024 * 1024
 
 

@@ -33,7 +33,7 @@ from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, virtual_run
 from autotune.setting import Structure
 from autotune.space import Space
-from autotune.workload import Job, ModelProfile, Precision
+from autotune.workload import ALL_LINEAR, Job, Lora, ModelProfile, Precision
 
 RESULT = Path(__file__).parent.parent / "results" / "memory_truth.json"
 
@@ -53,6 +53,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": _GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 """What each architecture has beside the sizes that are drawn."""
+
+
+LORA = Lora(rank=8, alpha=16, dropout=0.0, targets=(ALL_LINEAR,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,7 @@ class Case:
     accumulation: int = 2
     padded: bool = False
     precision: Precision = "fp32"
+    lora: bool = False
 
     def __str__(self) -> str:
         size = self.size
@@ -95,6 +99,7 @@ class Case:
             f"{self.model}-{size.hidden}x{size.layers}-v{size.vocabulary} zero{self.zero_stage} "
             f"{self.ranks} ranks {self.checkpointing} m{self.micro_batch_size} s{self.seq_length} "
             f"x{self.accumulation} {'padded ' if self.padded else ''}{self.precision}"
+            f"{' lora' if self.lora else ''}"
         )
 
 
@@ -148,6 +153,7 @@ def _drawn(model: str, draw: random.Random) -> Case:
         accumulation=draw.choice((1, 2, 3)),
         padded=rows > 1 and draw.random() < 0.5,  # noqa: PLR2004 - one in two
         precision="bf16" if draw.random() < 0.25 else "fp32",  # noqa: PLR2004 - one in four
+        lora=draw.random() < 0.25,  # noqa: PLR2004 - one in four
     )
 
 
@@ -179,7 +185,7 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._profiles: dict[tuple[Path, Precision, bool], ModelProfile] = {}
+        self._profiles: dict[TraceRequest, ModelProfile] = {}
         processes.start_server(environment.rank_environment("cpu", ()))
         build_ops(("ShareMemCommBuilder",), directory / "ops.log")
 
@@ -198,7 +204,7 @@ class Bench:
     def asked(self, case: Case) -> tuple[VirtualRequest, int]:
         """Return what to run, of the worst rank, and the predicted bytes."""
         model = write_model(case.model, case.size, self._directory)
-        profile = self._profile(model, case.precision, padded=case.padded)
+        profile = self._profile(model, case)
         job, cluster = _job(case, model), _cluster(case.ranks)
         structure = Structure(
             zero_stage=case.zero_stage,
@@ -231,20 +237,20 @@ class Bench:
             request = replace(request, rank=shards_of(profile, case.ranks).worst_rank)
         return request, memory["allocated_bytes"]
 
-    def _profile(self, model: Path, precision: Precision, *, padded: bool) -> ModelProfile:
-        key = (model, precision, padded)
-        if key not in self._profiles:
-            request = TraceRequest(
-                model_dir=str(model),
-                trust_remote_code=False,
-                attention="auto",
-                precision=precision,
-                device_kind="cpu",
-                padded=padded,
-            )
+    def _profile(self, model: Path, case: Case) -> ModelProfile:
+        request = TraceRequest(
+            model_dir=str(model),
+            trust_remote_code=False,
+            attention="auto",
+            precision=case.precision,
+            device_kind="cpu",
+            padded=case.padded,
+            lora=LORA if case.lora else None,
+        )
+        if request not in self._profiles:
             log = self._directory / "profile.log"
-            self._profiles[key] = profile_from_json(traced(request, log))
-        return self._profiles[key]
+            self._profiles[request] = profile_from_json(traced(request, log))
+        return self._profiles[request]
 
 
 def _job(case: Case, model: Path) -> Job:
@@ -253,7 +259,8 @@ def _job(case: Case, model: Path) -> Job:
         model_dir=str(model),
         from_scratch=True,
         trust_remote_code=False,
-        method="full",
+        method="lora" if case.lora else "full",
+        lora=LORA if case.lora else None,
         precision=case.precision,
         max_seq_length=1024,
         global_batch_size=case.micro_batch_size * case.ranks * case.accumulation,
