@@ -38,6 +38,7 @@ from autotune.setting import Setting, Structure
 from autotune.tune.loop import Tuned, Tuner, write_study
 from autotune.tune.site import JobSite
 from autotune.units import format_bytes
+from autotune.virtual_judge import VirtualJudge
 
 _log = logging.getLogger(__name__)
 
@@ -201,6 +202,7 @@ class Run:
             site,
             known,
             record=self._record,
+            judge=VirtualJudge(workload, self.dir.logs),
         )
         options = self.question.options
         try:

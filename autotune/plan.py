@@ -18,6 +18,7 @@ from autotune.throughput import (
     Ints,
     predicted_communication_s,
     predicted_micro_step,
+    predicted_offload_s,
     predicted_update_s,
     synchronises_every_micro_step,
 )
@@ -287,14 +288,14 @@ def _added(
     space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates
 ) -> tuple[Floats, Floats]:
     """Return the seconds that each structure adds to a micro-step and to an update."""
+    size = job.compute_bytes
     added = [
         (
-            *predicted_communication_s(
-                profile, structure.zero_stage, space.ranks, rates, job.compute_bytes
-            ),
-            predicted_update_s(profile, structure, cluster, rates, job.compute_bytes),
+            predicted_communication_s(profile, structure.zero_stage, space.ranks, rates, size),
+            predicted_offload_s(profile, structure, cluster, rates, size),
+            (0.0, predicted_update_s(profile, structure, cluster, rates)),
         )
         for structure in space.structures
     ]
-    micro_step_s, update_s, optimizer_s = np.array(added).T
-    return micro_step_s, update_s + optimizer_s
+    micro_step_s, update_s = np.array(added).sum(axis=1).T
+    return micro_step_s, update_s

@@ -203,40 +203,58 @@ def predicted_communication_s(
 
     Bytes a rank sends, by the ring algorithms, of the ZeRO paper (arXiv:1910.02054, section 7): an
     all-reduce of the gradients twice their size, ZeRO 1 and 2 a reduce-scatter of the gradients and
-    an all-gather of the weights, ZeRO 3 two all-gathers of the weights and a reduce-scatter in each
-    micro-step. DeepSpeed reduces at stage 2 in each micro-step too.
+    an all-gather of the weights that were trained, ZeRO 3 two all-gathers of all weights and a
+    reduce-scatter in each micro-step. DeepSpeed reduces at stage 2 in each micro-step too.
     """
     share = (ranks - 1) / ranks
     gradients_s = share * element_bytes * profile.trainable_parameters / rates.link_bytes_per_s
     weights_s = share * element_bytes * profile.parameters / rates.link_bytes_per_s
     match zero_stage:
-        case 0:
+        case 0 | 1:
             return 0.0, 2 * gradients_s
-        case 1:
-            return 0.0, gradients_s + weights_s
         case 2:
-            return gradients_s, weights_s
+            return gradients_s, gradients_s
         case _:
             return gradients_s + 2 * weights_s, 0.0
 
 
 def predicted_update_s(
+    profile: ModelProfile, structure: Structure, cluster: Cluster, rates: Rates
+) -> float:
+    """Return the seconds of the optimizer update: it reads and writes its states once.
+
+    AdamW touches weight, gradient and two moments in fp32 (4 x 4 bytes read, 3 x 4 written), an
+    offloaded one in host memory.
+    """
+    offloaded = structure.offload_optimizer != "none"
+    rate = rates.host_memory_bytes_per_s if offloaded else rates.memory_bytes_per_s
+    return 28 * _share(structure, cluster) * profile.trainable_parameters / rate
+
+
+def predicted_offload_s(
     profile: ModelProfile,
     structure: Structure,
     cluster: Cluster,
     rates: Rates,
     element_bytes: int,
-) -> float:
-    """Return the seconds of the optimizer update: it reads and writes its states once.
+) -> tuple[float, float]:
+    """Return the seconds of copies between device and host (each micro-step, each update).
 
-    AdamW touches weight, gradient and two moments in fp32 (4 x 4 bytes read, 3 x 4 written). An
-    offloaded one does so in host memory, and gradients and weights cross between device and host.
+    Gradients go to the host as they are reduced, stage 1's before the update, and updated weights
+    come back. Offloaded weights come for forward and for backward.
     """
-    shard = cluster.num_devices if structure.zero_stage >= 1 else 1
-    parameters = profile.trainable_parameters / shard
-    if structure.offload_optimizer == "none":
-        return 28 * parameters / rates.memory_bytes_per_s
-    return (
-        28 * parameters / rates.host_memory_bytes_per_s
-        + 2 * element_bytes * parameters / rates.host_link_bytes_per_s
-    )
+    a_shard = _share(structure, cluster) * element_bytes / rates.host_link_bytes_per_s
+    micro_step_s = update_s = 0.0
+    if structure.offload_optimizer != "none":
+        gradients_s = weights_s = a_shard * profile.trainable_parameters
+        late = structure.zero_stage == 1
+        micro_step_s += gradients_s * (not late)
+        update_s += weights_s + gradients_s * late
+    if structure.offload_param != "none":
+        micro_step_s += 2 * a_shard * profile.parameters
+    return micro_step_s, update_s
+
+
+def _share(structure: Structure, cluster: Cluster) -> float:
+    """Return the part of the states that a rank has."""
+    return 1 / cluster.num_devices if structure.zero_stage >= 1 else 1.0

@@ -29,7 +29,7 @@ LAYERS = (
     ),
     ("rundir", "environment", "processes", "session", "model_source", "builtin"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
-    ("intake", "documents"),
+    ("intake", "documents", "virtual_judge"),
     ("pipeline",),
     ("cli",),
 )
@@ -52,6 +52,7 @@ BESIDE = {
     "tune": {"probe"},
     "train": {"engine", "dataset"},
     "documents": {"intake", "tune"},
+    "virtual_judge": {"intake"},
 }
 """What a part may import from its own layer."""
 

@@ -19,6 +19,7 @@ from autotune.throughput import (
     integrate,
     predicted_communication_s,
     predicted_micro_step,
+    predicted_offload_s,
     predicted_update_s,
     synchronises_every_micro_step,
 )
@@ -211,15 +212,15 @@ def predicted_alone(plan: Plan, row: int) -> StepRate:
         profile, setting.structure.checkpointing, RATES, setting.micro_batch_size
     )
     each_s, last_s = predicted_communication_s(profile, stage, ranks, RATES, job.compute_bytes)
-    update_s = predicted_update_s(
-        profile, setting.structure, make_cluster(gpus=ranks), RATES, job.compute_bytes
-    )
+    place = (profile, setting.structure, make_cluster(gpus=ranks), RATES)
+    copies_each_s, copies_last_s = predicted_offload_s(*place, job.compute_bytes)
+    update_s = copies_last_s + predicted_update_s(*place)
     return integrate(
         DrawnRows.draw(LENGTHS, job.seed),
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         ranks=ranks,
-        micro_step_s=lambda padded: evaluate(computing, 1, padded) + each_s,
+        micro_step_s=lambda padded: evaluate(computing, 1, padded) + each_s + copies_each_s,
         boundary_extra_s=last_s + update_s,
         synchronises_every_micro_step=synchronises_every_micro_step(stage, ranks),
     )

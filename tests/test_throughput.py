@@ -22,6 +22,7 @@ from autotune.throughput import (
     padded_lengths,
     predicted_communication_s,
     predicted_micro_step,
+    predicted_offload_s,
     predicted_update_s,
     synchronises_every_micro_step,
 )
@@ -197,20 +198,35 @@ def test_only_stages_2_and_3_talk_in_every_micro_step() -> None:
 def test_a_sharded_update_takes_its_share_of_the_time() -> None:
     cluster = make_cluster(gpus=4)
     plain, sharded = Structure(zero_stage=0), Structure(zero_stage=1)
-    whole = predicted_update_s(make_profile(), plain, cluster, RATES, 2)
+    whole = predicted_update_s(make_profile(), plain, cluster, RATES)
     assert whole == pytest.approx(28e9 / 1e12)
-    assert predicted_update_s(make_profile(), sharded, cluster, RATES, 2) == pytest.approx(
-        whole / 4
-    )
+    assert predicted_update_s(make_profile(), sharded, cluster, RATES) == pytest.approx(whole / 4)
     frozen = replace(make_profile(), trainable_parameters=0)
-    assert predicted_update_s(frozen, plain, cluster, RATES, 2) == 0.0
+    assert predicted_update_s(frozen, plain, cluster, RATES) == 0.0
 
 
 def test_an_offloaded_update_takes_the_time_of_the_host() -> None:
     cluster = make_cluster(gpus=4)
     offloaded = Structure(zero_stage=2, offload_optimizer="cpu")
+    place = make_profile(), offloaded, cluster, RATES
     # A quarter of a billion parameters: 28 bytes each in memory, 2 down and 2 up the link.
-    expected = 0.25e9 * (28 / RATES.host_memory_bytes_per_s + 4 / RATES.host_link_bytes_per_s)
-    assert predicted_update_s(make_profile(), offloaded, cluster, RATES, 2) == pytest.approx(
-        expected
-    )
+    assert predicted_update_s(*place) == pytest.approx(0.25e9 * 28 / RATES.host_memory_bytes_per_s)
+    crossing = 0.25e9 * 2 / RATES.host_link_bytes_per_s
+    assert predicted_offload_s(*place, 2) == pytest.approx((crossing, crossing))
+    earlier = replace(offloaded, zero_stage=1)
+    late = predicted_offload_s(make_profile(), earlier, cluster, RATES, 2)
+    assert late == pytest.approx((0.0, 2 * crossing))
+
+
+def test_offloaded_weights_come_twice_a_micro_step() -> None:
+    cluster = make_cluster(gpus=4)
+    structure = Structure(zero_stage=3, offload_param="cpu")
+    copies = predicted_offload_s(make_profile(), structure, cluster, RATES, 2)
+    assert copies == pytest.approx((2 * 0.5e9 / RATES.host_link_bytes_per_s, 0.0))
+
+
+def test_adapters_alone_are_gathered_before_stage_3() -> None:
+    adapters = replace(make_profile(), trainable_parameters=1_000_000)
+    talk = [sum(predicted_communication_s(adapters, stage, 4, RATES, 2)) for stage in range(4)]
+    assert talk[0] == talk[1] == talk[2] == pytest.approx(2 * 0.75 * 2e6 / 1e11)
+    assert talk[3] > 100 * talk[0]

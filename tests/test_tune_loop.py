@@ -28,6 +28,7 @@ from autotune.probe.fakes import Answer, ScriptedProber
 from autotune.probe.protocol import ProbeRequest, RungFailure, RungMeasurement, RungPlan
 from autotune.setting import Setting, Structure
 from autotune.throughput import evaluate, predicted_micro_step
+from autotune.tune.judge import Judge
 from autotune.tune.loop import Tuned, Tuner, describe, write_study
 from autotune.tune.search import OUTCOMES
 from autotune.tune.site import JobSite
@@ -62,6 +63,7 @@ class Story:
         known: Sequence[Rung] = (),
         answer: Answer | None = None,
         record: Callable[[Rung], None] | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.clock = Clock()
         self.recorded: list[Rung] = []
@@ -75,6 +77,7 @@ class Story:
             SurfaceSite(),
             known,
             record=record or self.recorded.append,
+            judge=judge,
             clock=self.clock,
         )
 
@@ -175,6 +178,51 @@ def test_nothing_is_asked_that_needs_as_much_as_what_ran_out_of_memory(seed: int
                 alike = later.setting.structure == rung.setting.structure and larger
                 assert not (alike and needs[row] >= needs[rows[place]])
     assert any(isinstance(rung.outcome, OutOfMemory) for rung in story.recorded)
+
+
+class SurfaceJudge:
+    """Knows what a surface needs, after so many seconds."""
+
+    def __init__(self, surface: Surface, seconds: float) -> None:
+        self.asked: list[Setting] = []
+        self._surface = surface
+        self._seconds = seconds
+
+    def expected_seconds(self, setting: Setting) -> float:
+        del setting
+        return self._seconds
+
+    def least_device_bytes(self, setting: Setting) -> int | None:
+        self.asked.append(setting)
+        row = self._surface.plan.row_of(setting)
+        assert row is not None
+        return int(self._surface.device_bytes[row])
+
+
+def first_rungs_that_failed(story: Story) -> int:
+    first = {rung.setting.structure: rung for rung in reversed(story.recorded)}
+    return sum(isinstance(rung.outcome, OutOfMemory) for rung in first.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_judge_rules_out_is_not_probed(seed: int) -> None:
+    surface = perturbed(plan_with(16), seed, memory_factor=1.2)
+    judge = SurfaceJudge(surface, seconds=0.0)
+    judged, alone = Story(surface, judge=judge), Story(surface)
+    assert chosen(judged.run()) == chosen(alone.run())
+    # The first of all is probed in any case.
+    assert first_rungs_that_failed(judged) <= 1
+    for setting in judge.asked:
+        row = surface.plan.row_of(setting)
+        assert not surface.plan.surely_fits[row]
+        assert (setting in judged.asked) == surface.fits[row]
+
+
+def test_a_judge_that_takes_longer_than_a_probe_is_not_asked() -> None:
+    surface = perturbed(plan_with(16), 0, memory_factor=1.2)
+    judge = SurfaceJudge(surface, seconds=1e9)
+    Story(surface, judge=judge).run()
+    assert judge.asked == []
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -67,8 +67,8 @@ class Beliefs:
         return np.where(self.open_rows, improvement, 0.0)
 
 
-def update(plan: Plan, rungs: Sequence[Rung]) -> Beliefs:
-    """Return what is believed after these outcomes."""
+def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> Beliefs:
+    """Return what is believed after these outcomes; rows that are too large fit no device."""
     known = {
         rung.setting: rung.outcome for rung in rungs if not isinstance(rung.outcome, Interrupted)
     }
@@ -80,6 +80,8 @@ def update(plan: Plan, rungs: Sequence[Rung]) -> Beliefs:
         features, {row: math.log(speed / plan.tokens_per_s[row]) for row, speed in speeds.items()}
     )
     possible = _possible(plan, tried)
+    for row in too_large:
+        possible &= ~_needs_as_much(plan, row)
     return Beliefs(
         log_tokens_per_s=np.log(plan.tokens_per_s) + faster,
         log_sd=sd,
@@ -144,14 +146,14 @@ def _possible(plan: Plan, tried: Mapping[int, Outcome]) -> Bools:
     for row, outcome in tried.items():
         possible[row] = False
         if isinstance(outcome, OutOfMemory):
-            possible &= ~_needs_as_much(plan, row, outcome)
+            possible &= ~_needs_as_much(plan, row, of_host=outcome.where != "device")
         elif not isinstance(outcome, Measured):
             # A structure that crashed or hung once is not tried again at another size.
             possible &= plan.space.structure_index != plan.space.structure_index[row]
     return possible
 
 
-def _needs_as_much(plan: Plan, row: int, outcome: OutOfMemory) -> Bools:
+def _needs_as_much(plan: Plan, row: int, *, of_host: bool = False) -> Bools:
     """Say of each setting whether it needs at least as much as the row.
 
     No knob of it may save memory that the row did not save, and the estimate must not be lower:
@@ -160,7 +162,7 @@ def _needs_as_much(plan: Plan, row: int, outcome: OutOfMemory) -> Bools:
     """
     memory = plan.memory
     as_much: Bools = memory.allocated_bytes >= memory.allocated_bytes[row]
-    if outcome.where != "device":
+    if of_host:
         as_much &= memory.host_bytes >= memory.host_bytes[row]
     for saves in _savings(plan.space):
         as_much &= saves <= saves[row]

@@ -21,6 +21,7 @@ from autotune.probe.protocol import Prober, ProbeRequest, RungFailure, RungMeasu
 from autotune.rundir import write_bytes
 from autotune.setting import Setting, Structure
 from autotune.tune.faults import refuse_set_up_fault, worth_knowing
+from autotune.tune.judge import Judge
 from autotune.tune.search import OUTCOMES, Search, distributions, new_study
 from autotune.units import format_bytes
 
@@ -65,6 +66,7 @@ class Tuner:
         known: Sequence[Rung],
         *,
         record: Callable[[Rung], None],
+        judge: Judge | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.search = Search(plan, worth_knowing(known))
@@ -73,8 +75,10 @@ class Tuner:
         self._prober = prober
         self._site = site
         self._record = record
+        self._judge = judge
         self._clock = clock
         self._deadline = math.inf
+        self._starts_s: list[float] = []
 
     def run(self, *, max_probes: int, budget_s: float | None) -> Tuned:
         """Probe until nothing is to be gained or a limit is reached.
@@ -88,9 +92,10 @@ class Tuner:
         while stopped_by is None:
             structure = self.search.next_structure()
             stopped_by = self._reason_to_stop(structure, max_probes)
-            if stopped_by is None:
-                self._probe(self.study.ask(self._knobs))
-                refuse_set_up_fault(self.search.rungs)
+            if structure is None or stopped_by is not None or self._is_ruled_out(structure):
+                continue
+            self._probe(self.study.ask(self._knobs))
+            refuse_set_up_fault(self.search.rungs)
         refuse_set_up_fault(self.search.rungs, at_least=1)
         return self._tuned(stopped_by)
 
@@ -105,6 +110,29 @@ class Tuner:
     def _out_of_time(self) -> bool:
         return self._clock() >= self._deadline
 
+    def _is_ruled_out(self, structure: Structure) -> bool:
+        """Ask the judge about a structure's smallest rung where that is in doubt.
+
+        A probe of it would be started for nothing. Rungs above cost little once it runs.
+        """
+        plan, row = self.search.plan, int(self.search.rows_ahead(structure)[0])
+        first = plan.space.setting(row)
+        if self._judge is None or plan.surely_fits[row]:
+            return False
+        if not self._starts_s or self._judge.expected_seconds(first) > min(self._starts_s):
+            return False
+        needs = self._judge.least_device_bytes(first)
+        if needs is None or needs <= plan.budget_bytes:
+            return False
+        _log.info(
+            "not probed, as a virtual run of %s needs %s and %s are there",
+            first.label(),
+            format_bytes(needs),
+            format_bytes(plan.budget_bytes),
+        )
+        self.search.rule_out(row)
+        return True
+
     def _probe(self, trial: Trial) -> None:
         structure = Structure(**trial.params)
         ladder = self.search.ladder(structure)
@@ -118,9 +146,12 @@ class Tuner:
     def _climb(self, trial: Trial, ladder: Sequence[Setting]) -> None:
         """Learn from rung after rung; the one at work when a stop comes in is interrupted."""
         at_work = {setting.micro_batch_size: setting for setting in ladder}
+        started = self._clock()
         try:
             with contextlib.closing(self._prober.probe(self._site.request(ladder))) as answers:
                 for answer in answers:
+                    if len(at_work) == len(ladder):
+                        self._starts_s.append(self._clock() - started)
                     self._learn(self._rung(at_work.pop(answer.micro_batch_size), answer))
                     if self._is_enough(trial, answer):
                         return

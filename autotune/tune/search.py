@@ -38,11 +38,20 @@ class Search:
         self.plan = plan
         self.rungs = list(rungs)
         self.default = default_setting(plan)
+        self._too_large: list[int] = []
         self.beliefs: Beliefs = update(plan, rungs)
 
     def learn(self, rung: Rung) -> None:
         self.rungs.append(rung)
-        self.beliefs = update(self.plan, self.rungs)
+        self._update()
+
+    def rule_out(self, row: int) -> None:
+        """Take a row of the plan for one that does not fit, and so all that need as much."""
+        self._too_large.append(row)
+        self._update()
+
+    def _update(self) -> None:
+        self.beliefs = update(self.plan, self.rungs, self._too_large)
 
     @property
     def probed(self) -> list[Structure]:
@@ -74,7 +83,7 @@ class Search:
 
     def ladder(self, structure: Structure) -> list[Setting]:
         """Return the rungs to climb, ascending, as far as `should_go_on` says."""
-        return [self.plan.space.setting(int(row)) for row in self._rows_ahead(structure)]
+        return [self.plan.space.setting(int(row)) for row in self.rows_ahead(structure)]
 
     def should_go_on(self, structure: Structure) -> bool:
         """Whether a rung further up may still win, or shows where the device's wall is.
@@ -82,7 +91,7 @@ class Search:
         The default's structure is climbed past what the estimate says can fit: the device's own
         word on where its wall is corrects the estimate for every other structure.
         """
-        ahead = self._rows_ahead(structure)
+        ahead = self.rows_ahead(structure)
         if structure == self.default.structure and not self.plan.fits[ahead].all():
             return True
         improvement = self.beliefs.expected_improvement()[ahead]
@@ -109,7 +118,7 @@ class Search:
         measured = [rung for rung in self.rungs if isinstance(rung.outcome, Measured)]
         return max(measured, key=_speed, default=None)
 
-    def _rows_ahead(self, structure: Structure) -> "NDArray[np.int64]":
+    def rows_ahead(self, structure: Structure) -> "NDArray[np.int64]":
         """Return the rows of a structure that were not tried and are not known to be impossible."""
         space = self.plan.space
         place = space.structures.index(structure)
