@@ -26,6 +26,9 @@ _RANK_COMPARISONS = tuple(
 )
 
 
+_GATHERED = f"{_ZERO}.partition_parameters.AllGatherCoalescedHandle.wait"
+
+
 def _stay(module: torch.nn.Module, *_args: object, **_kwargs: object) -> torch.nn.Module:
     return module
 
@@ -73,7 +76,7 @@ def _stand_ins() -> dict[str, object]:
     comparisons = dict.fromkeys(_RANK_COMPARISONS, _agree)
     # It would compile a C++ op that exchanges real memory between real ranks.
     shared_memory = {"deepspeed.comm.torch.build_shm_op": _nothing}
-    return {**comparisons, **shared_memory}
+    return {**comparisons, **shared_memory, _GATHERED: _put_together_at_once(found(_GATHERED))}
 
 
 def _device_stand_ins(free_device_bytes: Callable[[], int]) -> dict[str, object]:
@@ -93,6 +96,25 @@ def _device_stand_ins(free_device_bytes: Callable[[], int]) -> dict[str, object]
         # Dispatch by device would end in the kernel that keeps the whole attention matrix.
         "torch.nn.functional.scaled_dot_product_attention": virtual_gpu.attend,
     }
+
+
+def _put_together_at_once(wait: Callable[..., None]) -> Callable[..., None]:
+    """Let ZeRO 3 copy a gathered parameter from the whole buffer, not from each rank's part of it.
+
+    The copy is the same. Taking the parts one by one is most of a run with many ranks.
+    """
+
+    def waited(handle: Any, handle_dependency: bool = True) -> None:  # noqa: ANN401, FBT001, FBT002
+        plain = handle.quantization is None and not handle.use_secondary_tensor
+        if plain and not handle.complete:
+            part, ranks = handle.partitions[0], handle.world_size
+            handle.partitions = [part.as_strided((ranks * part.numel(),), (1,), 0)]
+            for parameter in handle.params:
+                parameter.ds_secondary_tensor_num_of_groups = ranks
+            handle.world_size, handle.use_secondary_tensor = 1, True
+        wait(handle, handle_dependency=handle_dependency)
+
+    return waited
 
 
 def _always() -> bool:
@@ -124,7 +146,7 @@ def padding(*, present: bool) -> Iterator[None]:
     if present:
         yield
         return
-    ignores = pkgutil.resolve_name(_MASK_TEST)
+    ignores = found(_MASK_TEST)
 
     def without_mask(_mask: torch.Tensor | None, *args: object, **kwargs: object) -> object:
         return ignores(None, *args, **kwargs)
@@ -154,18 +176,27 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def replaced(target: str, stand_in: object) -> Iterator[None]:
-    owner_name, _, name = target.rpartition(".")
+def found(target: str) -> Any:  # noqa: ANN401 - whatever has the name
+    """Return what gives way.
+
+    Raises:
+        VirtualRunUnavailableError: the library lacks the name.
+    """
     try:
-        owner = pkgutil.resolve_name(owner_name)
-        original = getattr(owner, name)
+        return pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
         msg = (
             f"a virtual run needs {target}, which the installed version does not have: install the"
             " tested versions of constraints.txt, or go on with estimates"
         )
         raise VirtualRunUnavailableError(msg) from error
+
+
+@contextmanager
+def replaced(target: str, stand_in: object) -> Iterator[None]:
+    original = found(target)
+    owner_name, _, name = target.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
     setattr(owner, name, stand_in)
     try:
         yield

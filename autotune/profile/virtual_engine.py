@@ -52,11 +52,10 @@ def follow(request: VirtualRequest) -> VirtualRun:
         engine = VirtualEngine(request, live, parts, device)
         for step in range(1, request.steps + 1):
             live.reset_counts()
-            accumulated = request.gradient_accumulation_steps - 1
             # Micro-steps before the boundary are all alike, and show in the last update.
-            if accumulated and step == request.steps:
+            if accumulates(request) and step == request.steps:
                 engine.micro_step(boundary=False)
-                live.multiply_counts(accumulated)
+                live.multiply_counts(request.gradient_accumulation_steps - 1)
             engine.micro_step(boundary=True)
     on_cpu = device.type == "cpu"
     return VirtualRun(
@@ -70,6 +69,17 @@ def follow(request: VirtualRequest) -> VirtualRun:
         seconds=time.perf_counter() - started,
         resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB,
     )
+
+
+def accumulates(request: VirtualRequest) -> bool:
+    """Tell whether micro-steps before the boundary may need more or less than that at it.
+
+    At ZeRO 3 without offload they do not: gradients are added to a buffer that is there in any case
+    (grad_partitions_flat_buffer of stage3.py).
+    """
+    zero = request.ds_config["zero_optimization"]
+    in_a_buffer = zero["stage"] == 3 and "offload_optimizer" not in zero  # noqa: PLR2004
+    return request.gradient_accumulation_steps > 1 and not in_a_buffer
 
 
 class EngineParts(Parts):
@@ -144,6 +154,8 @@ class VirtualEngine:
         def marked_step(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the engine's
             self._live.assign(_kept_gradients(self._engine.optimizer), "gradients")
             self._parts.default = "other"
+            if not accumulates(self._request):
+                self._live.multiply_counts(self._request.gradient_accumulation_steps)
             return step(*args, **kwargs)
 
         self._engine.step = marked_step
