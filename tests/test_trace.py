@@ -1,12 +1,15 @@
 """Tracing builds any causal language model of transformers without its weights."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autotune import builtin
+from autotune.profile import child
 from autotune.profile.request import TraceRequest
 from autotune.workload import ModelProfile
 
@@ -95,3 +98,32 @@ def test_a_forward_and_a_backward_pass_take_six_operations_a_weight(glm_tiny: Mo
     embedding = glm_tiny.vocab_size * glm_tiny.hidden_size
     expected = 6 * (glm_tiny.parameters - embedding)
     assert glm_tiny.trace("none").flops.c1 == pytest.approx(expected, rel=0.01)
+
+
+def test_values_that_a_model_keeps_do_not_hinder_a_named_gpu(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    # It scales its embedding by a number that is a buffer.
+    AutoConfig.for_model(
+        "gemma3_text", **sizes, num_key_value_heads=2, intermediate_size=128, vocab_size=500
+    ).save_pretrained(tmp_path)
+    request = TraceRequest(
+        model_dir=str(tmp_path),
+        trust_remote_code=False,
+        attention="auto",
+        precision="bf16",
+        device_kind="cuda",
+        checkpointing=("none",),
+    )
+    # In a process of its own: torch's autograd counts the kinds of devices when it first works.
+    assert child.traced(request, tmp_path / "trace.log")["attention"] == "sdpa"
+
+
+def _is_ended(_answer: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_a_signal_ended_is_said_to_be(tmp_path: Path) -> None:
+    (answer,) = child._ask_each(_is_ended, [()], [tmp_path / "log"])
+    assert answer["error"] == "the process ended with SIGKILL: it left no output"

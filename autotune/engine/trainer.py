@@ -22,6 +22,7 @@ class TunedTrainer(Trainer):
     """
 
     memory_cap: MemoryCap | None = None
+    _counted_parameters: int | None = None
 
     def prepare_engine(self, total_steps: int) -> Any:  # noqa: ANN401 - DeepSpeedEngine
         """Build the DeepSpeed engine as `train` does, without training; returns the engine."""
@@ -39,6 +40,12 @@ class TunedTrainer(Trainer):
         count = torch.tensor(trained_tokens, device=self.args.device)
         loss: torch.Tensor = self.training_step(self.model_wrapped, batch, count)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return what the Trainer's own does, which walks the whole model in every micro-step."""
+        if self._counted_parameters is None:
+            self._counted_parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * int(inputs["input_ids"].numel()) * self._counted_parameters
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401 - Trainer's signature
         with self.memory_cap.lifted() if self.memory_cap else nullcontext():

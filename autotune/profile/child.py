@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import signal
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +18,6 @@ from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
 from autotune.workload import ModelProfile, Moment, Polynomial, Trace
 
-_TAIL_BYTES = 2000
 _ERROR_CHARACTERS = 500
 _POLL_S = 1.0
 
@@ -96,7 +96,10 @@ def _ask(function: Callable[..., None], *args: Any, log: Path) -> dict[str, Any]
 def _ask_each(
     function: Callable[..., None], calls: Sequence[tuple[Any, ...]], logs: Sequence[Path]
 ) -> list[dict[str, Any]]:
-    """Call a function in a process a call, until all have answered or one ends without."""
+    """Call a function in a process a call, until all have answered or one ends without.
+
+    The others are ended then, and their answer is why that one has none.
+    """
     paths = [log.with_suffix(".json") for log in logs]
     for path in paths:
         path.unlink(missing_ok=True)
@@ -109,20 +112,24 @@ def _ask_each(
         while running and all(one.exitcode in {None, 0} for one in started):
             processes.wait_for_any(running, _POLL_S)
             running = [one for one in running if one.exitcode is None]
+        ended = [one.exitcode for one in started]
     finally:
         processes.end(started)
-    return [
-        _read_answer(path, process.exitcode, log)
-        for path, process, log in zip(paths, started, logs, strict=True)
+    answers = [read_json(path) for path in paths]
+    failures = [
+        {"error": _without_answer(exit_code, log)}
+        for answer, exit_code, log in zip(answers, ended, logs, strict=True)
+        if exit_code is not None and (answer is None or exit_code)
     ]
+    return [dict(answer) if answer is not None else failures[0] for answer in answers]
 
 
-def _read_answer(path: Path, exit_code: int | None, log: Path) -> dict[str, Any]:
-    answer = read_json(path)
-    if answer is None:
-        tail = log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
-        return {"error": f"the process ended with exit code {exit_code}:\n{tail}"}
-    return dict(answer)
+def _without_answer(exit_code: int, log: Path) -> str:
+    """Say how a process ended: by an exception, whose line is its last, or by a signal."""
+    lines = log.read_text(errors="replace").strip().splitlines() or ["it left no output"]
+    if exit_code >= 0:
+        return f"the process ended with exit code {exit_code}: {lines[-1]}"
+    return f"the process ended with {signal.Signals(-exit_code).name}: {lines[0]}"
 
 
 def _answer(path: str, make: Callable[[], dict[str, Any]]) -> None:

@@ -66,6 +66,7 @@ def faked(
         stack.enter_context(padding(present=padded))
         stack.enter_context(_process_group(rank, ranks))
         stack.enter_context(fake_tensors())
+        stack.enter_context(_made_on_the_host())
         stack.enter_context(_Answers())
         yield torch.device(device)
 
@@ -90,9 +91,6 @@ def _device_stand_ins(free_device_bytes: Callable[[], int]) -> dict[str, object]
         # They look for devices that exist.
         "transformers.training_args.is_torch_bf16_gpu_available": _always,
         "accelerate.state.PartialState._prepare_backend": _gpu_backend,
-        "torch.tensor": virtual_gpu.new_tensor,
-        # ZeRO 3 puts its own in that place while it builds, and this one back.
-        f"{_ZERO}.partition_parameters._orig_torch_tensor": virtual_gpu.new_tensor,
         # Dispatch by device would end in the kernel that keeps the whole attention matrix.
         "torch.nn.functional.scaled_dot_product_attention": virtual_gpu.attend,
     }
@@ -162,6 +160,20 @@ def flash_attention() -> Iterator[None]:
         for target, stand_in in flash.stand_ins().items():
             stack.enter_context(replaced(target, stand_in))
         yield
+
+
+@contextmanager
+def _made_on_the_host() -> Iterator[None]:
+    """Let tensors of given values be made on the host and then copied, as no device can hold them.
+
+    torch does so itself where it finds no device of a kind that it knows.
+    """
+    before = torch._C._only_lift_cpu_tensors()  # noqa: SLF001 - torch's own switch
+    torch._C._set_only_lift_cpu_tensors(True)  # noqa: FBT003, SLF001
+    try:
+        yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)  # noqa: SLF001
 
 
 @contextmanager
@@ -237,7 +249,10 @@ def _process_group(rank: int, ranks: int) -> Iterator[None]:
 
 
 class _Answers(FixedScalars):
-    """Answers for values, and takes the index off a CPU device, as a real allocation does."""
+    """Answers for values, and takes the index off a CPU device, as a real allocation does.
+
+    Values go no further than the host.
+    """
 
     def __torch_dispatch__(
         self,
@@ -249,6 +264,9 @@ class _Answers(FixedScalars):
         device = (kwargs or {}).get("device")
         if device is not None and device.type == "cpu":
             kwargs = {**(kwargs or {}), "device": torch.device("cpu")}
+        elif device is not None and args and isinstance(args[0], FakeTensor):
+            # torch would copy the values that it knows to a device that is not there.
+            args[0].constant = None
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

@@ -117,22 +117,6 @@ def _on_device(tensor: torch.Tensor) -> torch.Tensor:
     return empty
 
 
-def new_tensor(
-    data: Any,  # noqa: ANN401 - torch.tensor's
-    *,
-    dtype: torch.dtype | None = None,
-    device: Any = None,  # noqa: ANN401 - torch.tensor's
-    requires_grad: bool = False,
-    make: Callable[..., torch.Tensor] = torch.tensor,
-) -> torch.Tensor:
-    """Stand in for torch.tensor, which fills real memory first and so cannot make one of these."""
-    tensor = make(data, dtype=dtype)
-    if device is None or torch.device(device).type != NAME:
-        return tensor.requires_grad_(requires_grad)
-    # The host tensor remembers its values, and torch would compute with them on the device.
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, requires_grad=requires_grad)
-
-
 def attend(  # noqa: PLR0917 - scaled_dot_product_attention's signature
     query: torch.Tensor,
     key: torch.Tensor,
