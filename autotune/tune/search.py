@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WORTH_A_PROBE = 0.0005
 """Expected gain over the best, as a share of it, below which no probe is started. Of 48 jobs
-whose estimates were off all ended at their best; at 0.01 one of twelve was a quarter short of it."""
+whose estimates were off all ended at their best; at 0.01 one of twelve was a quarter short."""
 
 _WORTH_A_RUNG = 0.0005
 """The same for a rung of a running probe."""
