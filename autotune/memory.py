@@ -14,7 +14,7 @@ from autotune import zero
 from autotune.hardware import Cluster
 from autotune.setting import Structure
 from autotune.space import Space
-from autotune.workload import Job, ModelProfile, Moment, Trace
+from autotune.workload import Job, ModelProfile, Moment
 from autotune.zero import Engine, Shards
 
 Floats = NDArray[np.float64]
@@ -100,8 +100,9 @@ def estimate_memory(
     space: Space, profile: ModelProfile, job: Job, cluster: Cluster, longest_row: int
 ) -> MemoryEstimate:
     """Estimate every setting at its worst micro-batch: all rows as long as the longest."""
-    shards = shards_of(profile, space.ranks)
+    shards, traces = shards_of(profile, space.ranks), dict(profile.traces)
     columns = {name: np.zeros(len(space)) for name in (*PARTS, "host_bytes")}
+    passes: dict[tuple[object, ...], _Pass] = {}
     for structure, accumulates, places in _alike(space):
         engine = Engine(
             shards=shards,
@@ -111,8 +112,16 @@ def estimate_memory(
             gloo=not cluster.has_separate_memory,
             offloads=structure.offload_optimizer != "none" and cluster.has_separate_memory,
         )
-        trace = profile.trace(structure.checkpointing)
-        peak = _Peak.of_trace(trace, engine, space.micro_batch_size[places], longest_row)
+        rows = space.micro_batch_size[places]
+        trace = traces[structure.checkpointing]
+        peaks = []
+        for moments in (trace.one_row, trace.more_rows):
+            # Structures whose engines are alike share what does not depend on the rows.
+            key = (id(moments), engine.zero_stage, engine.accumulates, engine.offloads)
+            if key not in passes:
+                passes[key] = _Pass.of(moments, engine, longest_row)
+            peaks.append(passes[key].peak(rows))
+        peak = _Peak.of_one_or_more(rows, *peaks)
         for name, values in _terms(structure, engine, cluster, peak).items():
             columns[name][places] = values
     return MemoryEstimate(**columns, runtime_bytes=runtime_bytes(cluster, columns))
@@ -132,11 +141,11 @@ def shards_of(profile: ModelProfile, ranks: int) -> Shards:
 def _alike(space: Space) -> Iterator[tuple[Structure, bool, Ints]]:
     """Yield the rows of the space that differ in their micro-batch size alone."""
     accumulates = space.gradient_accumulation_steps > 1
-    for index, structure in enumerate(space.structures):
-        for more in (False, True):
-            places = np.flatnonzero((space.structure_index == index) & (accumulates == more))
-            if len(places):
-                yield structure, more, places
+    kinds = 2 * space.structure_index + accumulates
+    order = np.argsort(kinds, kind="stable")
+    found, first = np.unique(kinds[order], return_index=True)
+    for kind, places in zip(found.tolist(), np.split(order, first[1:]), strict=True):
+        yield space.structures[kind // 2], bool(kind % 2), places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +158,8 @@ class _Peak:
     buffers: Floats
 
     @classmethod
-    def of_trace(cls, trace: Trace, engine: Engine, rows: Ints, length: int) -> "_Peak":
-        single = cls.of(trace.one_row, engine, rows, length)
-        several = cls.of(trace.more_rows, engine, rows, length)
+    def of_one_or_more(cls, rows: Ints, single: "_Peak", several: "_Peak") -> "_Peak":
+        """Choose for each micro-batch size between a pass of one row and one of several."""
         return cls(
             **{
                 field.name: np.where(
@@ -161,9 +169,27 @@ class _Peak:
             }
         )
 
+    @property
+    def total(self) -> Floats:
+        total: Floats = self.activations + self.gradients + self.buffers
+        return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """What is alive at each moment of a pass over rows of one length, in bytes, in its order.
+
+    The first two are of each row, the others of the batch whatever its rows.
+    """
+
+    of_a_row: Floats
+    logits: Floats
+    of_a_batch: Floats
+    gradients: Floats
+    buffers: Floats
+
     @classmethod
-    def of(cls, moments: tuple[Moment, ...], engine: Engine, rows: Ints, length: int) -> "_Peak":
-        """Take the moment at which activations, gradients and buffers together are the most."""
+    def of(cls, moments: tuple[Moment, ...], engine: Engine, length: int) -> "_Pass":
         moments = tuple(one for one in moments if one.lengths[0] <= length <= one.lengths[1])
         powers = np.array([1.0, length, float(length) ** 2])
         names = ("rows_bytes", "batch_bytes", "logits_bytes")
@@ -177,22 +203,25 @@ class _Peak:
         of_a_row, of_a_batch, logits, handed_over, hands_over = _with_full_bucket(
             np.array([*columns, *rest]), engine.shards.bucket
         )
-        gradients = zero.gradients_in_pass(engine, handed_over)
-        buffers = zero.buffers_in_pass(engine, handed_over, hands_over > 0)
-        alive = rows[:, None] * of_a_row + of_a_batch
-        place = np.argmax(alive + gradients + buffers, axis=1)
-        alive = alive[np.arange(len(rows)), place]
         return cls(
-            activations=alive,
-            logits=np.minimum(rows * logits[place], alive),
-            gradients=gradients[place],
-            buffers=buffers[place],
+            of_a_row=of_a_row,
+            logits=logits,
+            of_a_batch=of_a_batch,
+            gradients=zero.gradients_in_pass(engine, handed_over),
+            buffers=zero.buffers_in_pass(engine, handed_over, hands_over > 0),
         )
 
-    @property
-    def total(self) -> Floats:
-        total: Floats = self.activations + self.gradients + self.buffers
-        return total
+    def peak(self, rows: Ints) -> _Peak:
+        """Take the moment at which activations, gradients and buffers together are the most."""
+        alive = rows[:, None] * self.of_a_row + self.of_a_batch
+        place = np.argmax(alive + self.gradients + self.buffers, axis=1)
+        alive = alive[np.arange(len(rows)), place]
+        return _Peak(
+            activations=alive,
+            logits=np.minimum(rows * self.logits[place], alive),
+            gradients=self.gradients[place],
+            buffers=self.buffers[place],
+        )
 
 
 def _with_full_bucket(moments: Floats, bucket: int) -> Floats:
