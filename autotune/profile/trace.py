@@ -47,15 +47,14 @@ def trace_model(request: TraceRequest) -> ModelProfile:
     """Count the parameters and trace forward and backward with and without checkpointing.
 
     Raises:
-        ConfigError: the model is no causal language model of transformers, or cannot be run
-            without values.
+        ConfigError: the model is an encoder and a decoder, or cannot be run without values.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
         request.model_dir, trust_remote_code=request.trust_remote_code, local_files_only=True
     )
-    _require_causal(config, request)
+    _refuse_encoder(config)
     try:
         return _profiled(config, request)
     except Exception as error:
@@ -68,18 +67,12 @@ def trace_model(request: TraceRequest) -> ModelProfile:
         raise ConfigError(msg) from error
 
 
-def _require_causal(config: Any, request: TraceRequest) -> None:  # noqa: ANN401
-    from transformers import AutoModelForCausalLM
-
-    brings_code = request.trust_remote_code and "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    )
-    known = type(config) in AutoModelForCausalLM._model_mapping  # noqa: SLF001 - no public name
-    if config.is_encoder_decoder or not (known or brings_code):
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "no causal language"
+def _refuse_encoder(config: Any) -> None:  # noqa: ANN401 - PretrainedConfig
+    """Refuse models of two halves, some of which transformers has as language models too."""
+    if config.is_encoder_decoder:
         msg = (
-            f"{config.model_type} is {kind} model: name a causal language model of transformers, "
-            "as Llama, Qwen, GLM or GPT-2 are"
+            f"{config.model_type} is an encoder-decoder model: name a causal language model of "
+            "transformers, as Llama, Qwen, GLM or GPT-2 are"
         )
         raise ConfigError(msg)
 
