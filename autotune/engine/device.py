@@ -12,7 +12,13 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class MemoryMeter(Protocol):
-    """Peak device memory of this process since the last reset, its baseline subtracted."""
+    """Peak device memory of this process since the last reset, its baseline subtracted.
+
+    Attributes:
+        growth: share of a peak seen in a few steps that many steps may add to it.
+    """
+
+    growth: float
 
     def reset(self) -> None: ...
 
@@ -23,8 +29,11 @@ class ResidentSetMeter:
     """A CPU rank: the peak resident set, read from the kernel, which can reset it.
 
     Made when the process group is up and before the model is built; the resident set of that moment
-    (interpreter, libraries) is the baseline.
+    (interpreter, libraries) is the baseline. Over steps of ever other shapes malloc's heap becomes a
+    little larger: 20 to 300 micro-steps after a probe were seen to add up to 1.3 % to its peak.
     """
+
+    growth = 0.03
 
     def __init__(self) -> None:
         self._baseline = _status_bytes("VmRSS")
@@ -39,6 +48,8 @@ class ResidentSetMeter:
 
 class AllocatorMeter:
     """A rank on an accelerator: the peak that the allocator reserved."""
+
+    growth = 0.0
 
     def reset(self) -> None:
         from deepspeed.accelerator import get_accelerator

@@ -122,31 +122,31 @@ def worst_of(measurements: list[RungMeasurement]) -> RungMeasurement:
     """Merge what the ranks saw of the same rung: the slowest rank's times, the largest memory.
 
     Ranks that do not wait for each other in a micro-step do so over many of them, so the times of
-    one rank are kept together: the slower of two at each repetition is slower than either.
+    one rank are kept together: the slower of two at each repetition, or at each length, is slower
+    than either.
 
     Raises:
         ValueError: they timed other lengths than each other, or unlike often.
     """
-    first = measurements[0]
+    if len({(_timed(one.accumulate_s), _timed(one.boundary_s)) for one in measurements}) > 1:
+        msg = "ranks have timed unlike lengths, or unlike often"
+        raise ValueError(msg)
+    slowest = max(measurements, key=_total_s)
     return RungMeasurement(
-        micro_batch_size=first.micro_batch_size,
-        accumulate_s=_slowest([measured.accumulate_s for measured in measurements]),
-        boundary_s=_slowest([measured.boundary_s for measured in measurements]),
+        micro_batch_size=slowest.micro_batch_size,
+        accumulate_s=slowest.accumulate_s,
+        boundary_s=slowest.boundary_s,
         peak_bytes=max(measured.peak_bytes for measured in measurements),
         seconds=max(measured.seconds for measured in measurements),
     )
 
 
-def _slowest(
-    ranks: list[tuple[tuple[int, tuple[float, ...]], ...]],
-) -> tuple[tuple[int, tuple[float, ...]], ...]:
-    if len({tuple((length, len(times)) for length, times in rank) for rank in ranks}) > 1:
-        msg = "ranks have timed unlike lengths, or unlike often"
-        raise ValueError(msg)
-    return tuple(
-        (entries[0][0], max((times for _, times in entries), key=sum))
-        for entries in zip(*ranks, strict=True)
-    )
+def _timed(entries: tuple[tuple[int, tuple[float, ...]], ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((length, len(times)) for length, times in entries)
+
+
+def _total_s(measured: RungMeasurement) -> float:
+    return sum(sum(times) for _, times in (*measured.accumulate_s, *measured.boundary_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,8 +136,7 @@ class Ladder:
             micro_batch_size=rung.micro_batch_size,
             accumulate_s=tuple(accumulate_s),
             boundary_s=tuple(boundary_s),
-            # At the end: a resident set still grows a little over the first few repetitions.
-            peak_bytes=self._meter.peak_bytes(),
+            peak_bytes=round(self._meter.peak_bytes() * (1 + self._meter.growth)),
             seconds=time.perf_counter() - started,
         )
 
