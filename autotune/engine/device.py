@@ -29,8 +29,8 @@ class ResidentSetMeter:
     """A CPU rank: the peak resident set, read from the kernel, which can reset it.
 
     Made when the process group is up and before the model is built; the resident set of that moment
-    (interpreter, libraries) is the baseline. Over steps of ever other shapes malloc's heap becomes a
-    little larger: 20 to 300 micro-steps after a probe were seen to add up to 1.3 % to its peak.
+    (interpreter, libraries) is the baseline. Over steps of ever other shapes malloc's heap grows a
+    little: 20 to 300 micro-steps after a probe were seen to add up to 1.3 % to its peak.
     """
 
     growth = 0.03
