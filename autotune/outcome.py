@@ -8,6 +8,7 @@ from autotune.setting import Setting, Structure
 SCHEMA = 1
 
 Where = Literal["device", "host"]
+Purpose = Literal["search", "verification", "final"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,12 @@ _KINDS: dict[str, type[Outcome]] = {
 class Rung:
     """One line of probes.jsonl: a setting, the rows it was tried on, and what came of it.
 
-    `lengths` are those of the rows, `seconds` what it took to find out.
+    Attributes:
+        lengths: those of the rows.
+        seconds: what it took to find out.
+        purpose: to find the best, to verify what an earlier run knew of it, or to tell it from the
+            next best; only the first tries a setting for the first time.
+        cached: whether an earlier run found it out.
     """
 
     setting: Setting
@@ -96,6 +102,8 @@ class Rung:
     outcome: Outcome
     at: str
     seconds: float = field(default=0.0)
+    purpose: Purpose = "search"
+    cached: bool = False
 
     def to_json(self) -> dict[str, Any]:
         figures = asdict(self.outcome)
@@ -111,6 +119,8 @@ class Rung:
                 "where": figures.pop("where", None),
                 **figures,
                 "took_s": self.seconds,
+                "purpose": self.purpose,
+                "cached": self.cached,
             },
             "at": self.at,
         }
@@ -120,6 +130,7 @@ class Rung:
         figures = dict(line["outcome"])
         kind = _KINDS[figures.pop("kind")]
         where, seconds = figures.pop("where", None), figures.pop("took_s", 0.0)
+        purpose, cached = figures.pop("purpose", "search"), figures.pop("cached", False)
         if kind is OutOfMemory:
             figures["where"] = where
         if kind is Measured:
@@ -135,4 +146,6 @@ class Rung:
             outcome=kind(**figures),
             at=line["at"],
             seconds=seconds,
+            purpose=purpose,
+            cached=cached,
         )

@@ -2,13 +2,14 @@
 
 The logarithm of measured over predicted speed is taken as a linear function of the setting's knobs
 plus noise, with a normal prior on every coefficient; each measured rung updates it (Bayesian linear
-regression, Bishop, Pattern Recognition and Machine Learning, section 3.3). So is that of measured
-over predicted memory.
+regression in the form of a Gaussian process: Rasmussen and Williams, Gaussian Processes for Machine
+Learning, sections 2.1 and 2.2). So is that of measured over predicted memory.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,22 +17,41 @@ from numpy.typing import NDArray
 
 from autotune.outcome import Interrupted, Measured, Outcome, OutOfMemory, Rung
 from autotune.plan import Plan
-from autotune.setting import checkpointing_period
+from autotune.setting import Structure, checkpointing_period
 from autotune.space import Space
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _MACHINE_SD = 1.0
 """How far (in logarithm) the prediction may be off for all settings alike."""
-_KNOB_SD = 0.25
-"""How far it may be off for one value of a knob against another."""
-_SIZE_SD = 0.15
-"""How far it may be off for a doubling of the micro-batch size."""
-_NOISE_SD = 0.05
-"""What the knobs do not explain, measurement noise included."""
 
-_KNOBS = ("zero_stage", "offload_optimizer", "offload_param", "checkpointing", "attention")
+_KNOB_SD = {
+    "zero_stage": 0.25,
+    "offload_optimizer": 0.25,
+    "offload_param": 0.25,
+    "checkpointing": 0.25,
+    "attention": 0.25,
+    "sampling": 0.1,
+}
+"""How far it may be off for one value of a knob against another."""
+
+_MINOR_KNOB_SD = 0.03
+"""The same for a knob that is not named above: how a structure communicates."""
+
+_SIZE_SD = 0.1
+"""How far it may be off for a doubling of the micro-batch size."""
+
+_KNOBS_OF_SIZE = ("zero_stage", "checkpointing")
+_SIZE_BY_KNOB_SD = 0.03
+"""How far that doubling may mean something else with another value of these knobs."""
+
+_STRUCTURE_SD = 0.04
+"""What the knobs of a structure do together that each alone does not."""
+
+_NOISE_SD = 0.02
+"""What none of these explains, measurement noise included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,16 +88,16 @@ class Beliefs:
 
 
 def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> Beliefs:
-    """Return what is believed after these outcomes; rows that are too large fit no device."""
-    known = {
-        rung.setting: rung.outcome for rung in rungs if not isinstance(rung.outcome, Interrupted)
-    }
-    rows = {plan.row_of(setting): outcome for setting, outcome in known.items()}
-    tried = {row: outcome for row, outcome in rows.items() if row is not None}
+    """Return what is believed after these outcomes; rows that are too large fit no device.
+
+    Of a setting that was measured again the median speed and the largest memory count; a failure
+    where it had been measured before says nothing of it.
+    """
+    tried = _outcomes(plan, rungs)
     speeds = {row: out.tokens_per_s for row, out in tried.items() if isinstance(out, Measured)}
-    features = _features(plan)
+    kinship = Kinship(plan.space)
     faster, sd = _regress(
-        features, {row: math.log(speed / plan.tokens_per_s[row]) for row, speed in speeds.items()}
+        kinship, {row: math.log(speed / plan.tokens_per_s[row]) for row, speed in speeds.items()}
     )
     possible = _possible(plan, tried)
     for row in too_large:
@@ -86,12 +106,33 @@ def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> 
         log_tokens_per_s=np.log(plan.tokens_per_s) + faster,
         log_sd=sd,
         possible=possible,
-        open_rows=possible & plan.may_fit(_device_bytes(plan, features, tried)),
+        open_rows=possible & plan.may_fit(_device_bytes(plan, kinship, tried)),
         best_tokens_per_s=max(speeds.values(), default=0.0),
     )
 
 
-def _device_bytes(plan: Plan, features: Floats, tried: Mapping[int, Outcome]) -> Floats:
+def _outcomes(plan: Plan, rungs: Sequence[Rung]) -> dict[int, Outcome]:
+    """Return what came of each row of the plan that was tried."""
+    tried: dict[int, list[Outcome]] = {}
+    for rung in rungs:
+        row = plan.row_of(rung.setting)
+        if row is not None and not isinstance(rung.outcome, Interrupted):
+            tried.setdefault(row, []).append(rung.outcome)
+    return {row: in_one(outcomes) for row, outcomes in tried.items()}
+
+
+def in_one(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return what the outcomes of one setting, in their order, say together."""
+    measured = sorted(
+        (one for one in outcomes if isinstance(one, Measured)), key=lambda one: one.tokens_per_s
+    )
+    if not measured:
+        return outcomes[-1]
+    middle = measured[(len(measured) - 1) // 2]
+    return replace(middle, peak_bytes=max(one.peak_bytes for one in measured))
+
+
+def _device_bytes(plan: Plan, kinship: "Kinship", tried: Mapping[int, Outcome]) -> Floats:
     """Return what every setting is believed to need of a device, corrected by measured peaks.
 
     An out-of-memory says that more was needed than is there; it counts where less was believed.
@@ -104,7 +145,7 @@ def _device_bytes(plan: Plan, features: Floats, tried: Mapping[int, Outcome]) ->
         for row, out in tried.items()
         if isinstance(out, Measured) and out.peak_bytes
     }
-    larger, _ = _regress(features, peaks)
+    larger, _ = _regress(kinship, peaks)
     room = np.log(plan.budget_bytes / estimate)
     surprises = {
         row: float(room[row])
@@ -112,33 +153,67 @@ def _device_bytes(plan: Plan, features: Floats, tried: Mapping[int, Outcome]) ->
         if isinstance(out, OutOfMemory) and out.where == "device" and room[row] > larger[row]
     }
     if surprises:
-        larger, _ = _regress(features, peaks | surprises)
+        larger, _ = _regress(kinship, peaks | surprises)
     needs: Floats = np.exp(larger) * estimate
     return needs
 
 
-def _regress(features: Floats, observed: Mapping[int, float]) -> tuple[Floats, Floats]:
+def _regress(kinship: "Kinship", observed: Mapping[int, float]) -> tuple[Floats, Floats]:
     """Return mean and standard deviation of the correction of every row."""
-    seen = features[list(observed)]
-    precision = np.eye(features.shape[1]) + seen.T @ seen / _NOISE_SD**2
-    covariance = np.linalg.inv(precision)
-    coefficients = covariance @ seen.T @ np.array(list(observed.values())) / _NOISE_SD**2
-    variance = np.einsum("ij,jk,ik->i", features, covariance, features) + _NOISE_SD**2
-    return features @ coefficients, np.sqrt(variance)
+    rows = np.array(list(observed), dtype=np.int64)
+    towards = kinship.towards(rows)
+    among = towards[rows] + _NOISE_SD**2 * np.eye(len(rows))
+    weights = np.linalg.solve(among, towards.T)
+    mean: Floats = weights.T @ np.array(list(observed.values()), dtype=np.float64)
+    variance = kinship.own - np.einsum("ij,ji->i", towards, weights)
+    return mean, np.sqrt(np.maximum(variance, 0.0) + _NOISE_SD**2)
 
 
-def _features(plan: Plan) -> Floats:
-    """Return a column for the machine, one a knob value and one for the size.
+class Kinship:
+    """The prior covariance of the corrections of any two settings of a space.
 
-    Each is scaled by its prior standard deviation, so that the coefficients' prior is standard.
+    Corrections are those of the machine, of each knob's value, of a doubling of the micro-batch
+    size (which may depend on stage and checkpointing), and of the structure as such.
     """
-    space = plan.space
-    columns = [np.full(len(space), _MACHINE_SD)]
-    for knob in _KNOBS:
-        values = space.column(knob)
-        columns += [np.where(values == value, _KNOB_SD, 0.0) for value in np.unique(values)]
-    columns.append(_SIZE_SD * np.log2(space.micro_batch_size))
-    return np.stack(columns, axis=1)
+
+    def __init__(self, space: Space) -> None:
+        self._structure = space.structure_index
+        self._doublings = np.log2(space.micro_batch_size)
+        self._values = {field.name: _codes(space, field.name) for field in fields(Structure)}
+
+    @cached_property
+    def own(self) -> Floats:
+        """Return the variance of every setting: it is like itself in everything."""
+        level = _MACHINE_SD**2 + _STRUCTURE_SD**2 + sum(_knob_sd(name) ** 2 for name in self._values)
+        slope = _SIZE_SD**2 + len(_KNOBS_OF_SIZE) * _SIZE_BY_KNOB_SD**2
+        own: Floats = level + slope * self._doublings**2
+        return own
+
+    def towards(self, rows: Ints) -> Floats:
+        """Return the covariance of every setting with these, an array (settings, rows)."""
+        seen = self._structure[rows]
+        of_structures = np.arange(len(next(iter(self._values.values()))))
+        level = _MACHINE_SD**2 + _STRUCTURE_SD**2 * (of_structures[:, None] == seen)
+        slope = np.full(level.shape, _SIZE_SD**2)
+        for name, values in self._values.items():
+            same = values[:, None] == values[seen]
+            level = level + _knob_sd(name) ** 2 * same
+            if name in _KNOBS_OF_SIZE:
+                slope = slope + _SIZE_BY_KNOB_SD**2 * same
+        doublings = self._doublings[:, None] * self._doublings[rows]
+        towards: Floats = level[self._structure] + doublings * slope[self._structure]
+        return towards
+
+
+def _knob_sd(name: str) -> float:
+    return _KNOB_SD.get(name, _MINOR_KNOB_SD)
+
+
+def _codes(space: Space, knob: str) -> Ints:
+    """Return a number for each structure, the same for those with the same value of a knob."""
+    values = [getattr(structure, knob) for structure in space.structures]
+    codes: Ints = np.unique(values, return_inverse=True)[1]
+    return codes
 
 
 def _possible(plan: Plan, tried: Mapping[int, Outcome]) -> Bools:
@@ -176,6 +251,11 @@ def _savings(space: Space) -> Iterator[NDArray[Any]]:
     for place in ("offload_optimizer", "offload_param"):
         yield space.column(place) != "none"
     yield space.column("attention") != "eager"
+    for other in ("sampling",):
+        # Nothing is known of which value saves memory, so that it has to be the same.
+        values = _codes(space, other)[space.structure_index]
+        yield values
+        yield -values
     modes = space.column("checkpointing")
     kept = {mode: 1 - 1 / checkpointing_period(str(mode)) for mode in np.unique(modes)}
     kept |= {"none": 1.0, "full": 0.0}
