@@ -32,6 +32,11 @@ FORMATS = (
 METHODS = ("full", "lora")
 """What can be trained."""
 
+SAMPLERS = ("prior", "tpe", "gp", "random")
+"""What can propose what to probe; all but the first are Optuna's."""
+
+AUTO = "auto"
+
 _LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
 _OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge")
 
@@ -139,6 +144,10 @@ def _size(value: Any) -> int:  # noqa: ANN401 - YAML or text
 
 def _duration(value: Any) -> float:  # noqa: ANN401 - YAML or text
     return parse_duration(str(value))
+
+
+def _duration_or_auto(value: Any) -> float | str:  # noqa: ANN401 - YAML or text
+    return AUTO if value == AUTO else _duration(value)
 
 
 def _one_of(*choices: str) -> Parse:
@@ -389,10 +398,25 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="tune_budget",
-        parse=_duration,
+        parse=_duration_or_auto,
         default=None,
-        metavar="TIME",
-        help="Time that tuning may take, for instance 20m.",
+        metavar="TIME|auto",
+        help="Time that tuning may take, for instance 20m; auto is what it may save of the "
+        "training [until nothing is to be gained].",
+    ),
+    Option(
+        name="sampler",
+        parse=_one_of(*SAMPLERS),
+        default="prior",
+        metavar="|".join(SAMPLERS),
+        help="What proposes settings: the plan corrected by outcomes, or a sampler of Optuna.",
+    ),
+    Option(
+        name="no_cache",
+        parse=_flag,
+        default=False,
+        metavar="",
+        help="Leave out what earlier runs of such a job have measured.",
     ),
     Option(
         name="trust_remote_code",

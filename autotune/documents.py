@@ -1,5 +1,6 @@
 """The documents that a run leaves for people and machines: plan, figures, fallbacks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from autotune.errors import UsageError
 from autotune.hardware import Cluster
 from autotune.intake import NamedHardware, Workload, estimate_setting, total_steps
 from autotune.memory import PARTS, MemoryEstimate, runtime_bytes
-from autotune.outcome import Measured, Rung
+from autotune.outcome import Measured, Outcome, Rung
 from autotune.plan import Plan
 from autotune.prices import NO_PRICES, Prices
 from autotune.profile.virtual import VirtualRun
@@ -26,8 +27,8 @@ ARITHMETIC, VIRTUAL_RUN = "arithmetic", "virtual run"
 """Where the memory of an estimate comes from."""
 
 
-def tuning_figures(workload: Workload, tuned: Tuned, best: Rung) -> dict[str, Any]:
-    """Return what result.json says of the tuning."""
+def tuning_figures(workload: Workload, tuned: Tuned, best: Rung, tuning_s: float) -> dict[str, Any]:
+    """Return what result.json says of the tuning, which took so many seconds."""
     chosen, plan = best.outcome, workload.plan
     assert isinstance(chosen, Measured)
     row = plan.row_of(best.setting)
@@ -51,10 +52,23 @@ def tuning_figures(workload: Workload, tuned: Tuned, best: Rung) -> dict[str, An
         },
         "probes": tuned.probes,
         "rungs": len(tuned.rungs),
+        "cached_rungs": sum(rung.cached for rung in tuned.rungs),
         "stopped_by": tuned.stopped_by,
+        "tuning_seconds": tuning_s,
+        "break_even_step": _break_even_step(default, chosen, tuning_s),
         "job": asdict(workload.job),
         "total_steps": total_steps(workload),
     }
+
+
+def _break_even_step(default: Outcome | None, chosen: Measured, tuning_s: float) -> int | None:
+    """Return the step of the training by which tuning has saved the time that it took.
+
+    None where it has not made steps faster, or that is not known.
+    """
+    if not isinstance(default, Measured) or default.step_time_s <= chosen.step_time_s:
+        return None
+    return math.ceil(tuning_s / (default.step_time_s - chosen.step_time_s))
 
 
 def fallbacks(workload: Workload, tuned: Tuned, chosen: Setting) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         "options": {
             name: value
             for name, value in options.values.items()
-            if name not in ("model", "dataset", "run_dir")
+            if name not in ("model", "dataset", "run_dir", "no_cache")
         },
     }
     text = json.dumps(facts, sort_keys=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from autotune import __version__
-from autotune.config import Options
+from autotune.config import AUTO, Options
 from autotune.detect.nvidia import used_bytes
 from autotune.documents import fallbacks, plan_document, tuning_figures
 from autotune.emit import ds_config, launch_script, torchrun_command, train_spec
@@ -30,6 +30,7 @@ from autotune.errors import (
 from autotune.hardware import Cluster
 from autotune.intake import Question, Workload, ask, look_into, start_processes, total_steps
 from autotune.outcome import Measured, Rung
+from autotune.outcome_cache import OutcomeCache
 from autotune.plan import Plan
 from autotune.probe.local import LocalProber
 from autotune.probe.tenants import DeviceMemory
@@ -144,11 +145,12 @@ class Run:
         self._enter("tune")
         started = time.monotonic()
         tuned = self._tune(workload, known)
-        tuning_s = sum(rung.seconds for rung in known) + time.monotonic() - started
+        before_s = sum(rung.seconds for rung in known if not rung.cached)
+        tuning_s = before_s + time.monotonic() - started
         self._enter("emit")
         best = require_best(workload.plan, tuned)
         self._emit(workload, best.setting, tuned)
-        return tuning_figures(workload, tuned, best) | {"tuning_seconds": tuning_s}
+        return tuning_figures(workload, tuned, best, tuning_s)
 
     def _run_json(self) -> dict[str, Any]:
         return {
@@ -196,6 +198,11 @@ class Run:
             scratch_dir=self.dir.logs,
             total_steps=steps,
         )
+        options = self.question.options
+        cache = OutcomeCache.of(workload)
+        if not known and not options["no_cache"]:
+            known = self._taken_over(cache.read(workload))
+        budget = options["tune_budget"]
         tuner = Tuner(
             plan,
             LocalProber(self.dir.logs, memory=_device_memory(cluster)),
@@ -203,12 +210,31 @@ class Run:
             known,
             record=self._record,
             judge=VirtualJudge(workload, self.dir.logs),
+            parameters=workload.profile.parameters,
+            steps=steps,
+            thrifty=budget == AUTO,
+            sampler=options["sampler"],
+            seed=options["seed"],
         )
-        options = self.question.options
         try:
-            return tuner.run(max_probes=options["max_probes"], budget_s=options["tune_budget"])
+            tuned = tuner.run(
+                max_probes=options["max_probes"], budget_s=None if budget == AUTO else budget
+            )
         finally:
             write_study(tuner.study, self.dir.study)
+        cache.keep(tuned.rungs, workload)
+        return tuned
+
+    def _taken_over(self, cached: list[Rung]) -> list[Rung]:
+        """Begin with what earlier runs of such a job have measured."""
+        if cached:
+            _log.info(
+                "%d outcomes of earlier runs are taken over (--no-cache leaves them out)",
+                len(cached),
+            )
+        for rung in cached:
+            self._record(rung)
+        return cached
 
     def _record(self, rung: Rung) -> None:
         self.dir.append_rung(rung)
@@ -217,7 +243,8 @@ class Run:
 
     def _count(self, rung: Rung) -> None:
         outcome = rung.outcome
-        self._structures.add(rung.setting.structure)
+        if not rung.cached:
+            self._structures.add(rung.setting.structure)
         self._status["probes"] = len(self._structures)
         best = self._status["best"]
         if isinstance(outcome, Measured) and (

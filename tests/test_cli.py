@@ -53,6 +53,8 @@ JOB_OPTIONS = DATA_OPTIONS | {
     "--device-memory",
     "--max-probes",
     "--tune-budget",
+    "--sampler",
+    "--no-cache",
     "--trust-remote-code",
     "--config",
     "--json",

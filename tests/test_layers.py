@@ -29,7 +29,7 @@ LAYERS = (
     ),
     ("rundir", "environment", "processes", "session", "model_source", "builtin"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
-    ("intake", "documents", "virtual_judge"),
+    ("intake", "documents", "virtual_judge", "outcome_cache"),
     ("pipeline",),
     ("cli",),
 )
@@ -53,6 +53,7 @@ BESIDE = {
     "train": {"engine", "dataset"},
     "documents": {"intake", "tune"},
     "virtual_judge": {"intake"},
+    "outcome_cache": {"intake"},
 }
 """What a part may import from its own layer."""
 

@@ -164,9 +164,10 @@ def _regress(kinship: "Kinship", observed: Mapping[int, float]) -> tuple[Floats,
     towards = kinship.towards(rows)
     among = towards[rows] + _NOISE_SD**2 * np.eye(len(rows))
     weights = np.linalg.solve(among, towards.T)
-    mean: Floats = weights.T @ np.array(list(observed.values()), dtype=np.float64)
+    mean = np.asarray(weights.T @ np.array(list(observed.values())), dtype=np.float64)
     variance = kinship.own - np.einsum("ij,ji->i", towards, weights)
-    return mean, np.sqrt(np.maximum(variance, 0.0) + _NOISE_SD**2)
+    sd: Floats = np.sqrt(np.maximum(variance, 0.0) + _NOISE_SD**2)
+    return mean, sd
 
 
 class Kinship:
@@ -184,7 +185,9 @@ class Kinship:
     @cached_property
     def own(self) -> Floats:
         """Return the variance of every setting: it is like itself in everything."""
-        level = _MACHINE_SD**2 + _STRUCTURE_SD**2 + sum(_knob_sd(name) ** 2 for name in self._values)
+        level = (
+            _MACHINE_SD**2 + _STRUCTURE_SD**2 + sum(_knob_sd(name) ** 2 for name in self._values)
+        )
         slope = _SIZE_SD**2 + len(_KNOBS_OF_SIZE) * _SIZE_BY_KNOB_SD**2
         own: Floats = level + slope * self._doublings**2
         return own

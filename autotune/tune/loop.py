@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -15,14 +15,16 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from autotune.errors import InterruptedRunError
-from autotune.outcome import Interrupted, Measured, Outcome, Rung
+from autotune.outcome import Interrupted, Measured, Outcome, Purpose, Rung
 from autotune.plan import Plan
 from autotune.probe.protocol import Prober, ProbeRequest, RungFailure, RungMeasurement
 from autotune.rundir import write_bytes
 from autotune.setting import Setting, Structure
+from autotune.tune.earlier import trustworthy, unverified
 from autotune.tune.faults import refuse_set_up_fault, worth_knowing
+from autotune.tune.finals import Finals, finals
 from autotune.tune.judge import Judge
-from autotune.tune.search import OUTCOMES, Search, distributions, new_study
+from autotune.tune.search import OUTCOMES, PRIOR, Search, distributions, new_study
 from autotune.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -56,9 +58,21 @@ class Tuned:
 
 
 class Tuner:
-    """One tuning: a study, a prober, and where outcomes are kept."""
+    """One tuning: a study, a prober, and where outcomes are kept.
 
-    def __init__(
+    Args:
+        plan: every setting with its estimate.
+        prober: what tries a structure.
+        site: what turns a ladder into a request, and an answer into an outcome.
+        known: outcomes of earlier runs, in their order.
+        record: told of each outcome before anything follows from it.
+        judge: asked about what is in doubt to fit.
+        parameters, steps, thrifty: as of `Search`.
+        sampler: what proposes structures, by name (see `SAMPLERS`).
+        seed: of samplers that draw.
+    """
+
+    def __init__(  # noqa: PLR0913 - by keyword
         self,
         plan: Plan,
         prober: Prober,
@@ -68,9 +82,15 @@ class Tuner:
         record: Callable[[Rung], None],
         judge: Judge | None = None,
         clock: Callable[[], float] = time.monotonic,
+        parameters: int = 0,
+        steps: int | None = None,
+        thrifty: bool = False,
+        sampler: str = PRIOR,
+        seed: int = 0,
     ) -> None:
-        self.search = Search(plan, worth_knowing(known))
-        self.study = new_study(self.search)
+        trusted = trustworthy(worth_knowing(known))
+        self.search = Search(plan, trusted, parameters=parameters, steps=steps, thrifty=thrifty)
+        self.study = new_study(self.search, sampler, seed)
         self._knobs = distributions(plan)
         self._prober = prober
         self._site = site
@@ -88,6 +108,8 @@ class Tuner:
             InterruptedRunError: stopped from outside; the outcomes so far are kept.
         """
         self._deadline = self._clock() + (math.inf if budget_s is None else budget_s)
+        if not self._out_of_time():
+            self._verify()
         stopped_by = None
         while stopped_by is None:
             structure = self.search.next_structure()
@@ -97,7 +119,47 @@ class Tuner:
             self._probe(self.study.ask(self._knobs))
             refuse_set_up_fault(self.search.rungs)
         refuse_set_up_fault(self.search.rungs, at_least=1)
+        self._tell_finalists_apart()
         return self._tuned(stopped_by)
+
+    def _verify(self) -> None:
+        """Measure what an earlier run found best; if it is not so here, its outcomes are left."""
+        setting = unverified(self.search.rungs)
+        if setting is None:
+            return
+        _log.info("verifying what an earlier run found best: %s", setting.label())
+        self._measure_again(setting, "verification")
+        trusted = trustworthy(self.search.rungs)
+        if len(trusted) < len(self.search.rungs):
+            _log.info("it is not as it was: outcomes of earlier runs are left out")
+            self.search.replace(trusted)
+
+    def _tell_finalists_apart(self) -> None:
+        """Measure the best two in turn, as often as it takes, if their difference is worth it."""
+        while (close := finals(self.search.rungs)) is not None and not close.is_over:
+            if self._out_of_time() or not self._is_worth_telling(close):
+                return
+            setting = close.next(self.search.rungs)
+            _log.info("measuring again, as two are about as fast: %s", setting.label())
+            self._measure_again(setting, "final")
+
+    def _is_worth_telling(self, close: Finals) -> bool:
+        """Whether telling two settings apart may save more of the training than it costs."""
+        if all(rung.cached for rung in self.search.rungs if rung.setting in close.pair):
+            return False
+        round_s = sum(map(self.search.seconds_of, close.pair))
+        return close.noise * self.search.training_s() >= round_s
+
+    def _measure_again(self, setting: Setting, purpose: Purpose) -> None:
+        request = self._site.request([setting])
+        try:
+            with contextlib.closing(self._prober.probe(request)) as answers:
+                for answer in answers:
+                    self._learn(replace(self._rung(setting, answer), purpose=purpose))
+        except (InterruptedRunError, KeyboardInterrupt):
+            outcome = Interrupted(evidence="the run was stopped from outside")
+            self._learn(replace(self._as_rung(setting, outcome, 0.0), purpose=purpose))
+            raise
 
     def _reason_to_stop(self, structure: Structure | None, max_probes: int) -> str | None:
         probed = self.search.probed
@@ -196,19 +258,14 @@ class Tuner:
         _log.info("%s: %s", rung.setting.label(), describe(rung))
 
     def _tuned(self, stopped_by: str) -> Tuned:
-        default = next(
-            (
-                rung
-                for rung in self.search.rungs
-                if rung.setting == self.search.default and isinstance(rung.outcome, Measured)
-            ),
-            None,
-        )
+        search = self.search
+        measured = [rung for rung in search.rungs if isinstance(rung.outcome, Measured)]
+        is_default = any(rung.setting == search.default for rung in measured)
         return Tuned(
-            best=self.search.best(),
-            default=default,
-            rungs=tuple(self.search.rungs),
-            probes=len(self.search.probed),
+            best=search.best(),
+            default=search.of(search.default) if is_default else None,
+            rungs=tuple(search.rungs),
+            probes=len(search.probed),
             stopped_by=stopped_by,
         )
 

@@ -1,7 +1,8 @@
 """The search as Optuna sees it: a trial is a structure, its rungs are intermediate values."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from copy import copy
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,34 +16,72 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.outcome import Interrupted, Measured, Rung
 from autotune.plan import Plan
 from autotune.setting import Setting, Structure
-from autotune.tune.beliefs import Beliefs, update
+from autotune.tune.beliefs import in_one, update
+from autotune.tune.finals import finals
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_WORTH_A_PROBE = 0.0005
-"""Expected gain over the best, as a share of it, below which no probe is started. Of 48 jobs
-whose estimates were off all ended at their best; at 0.01 one of twelve was a quarter short."""
+_WORTH_TRYING = 0.0005
+"""Expected gain over the best, as a share of it, below which nothing is tried. Of 48 jobs whose
+estimates were off all ended at their best; at 0.01 one of twelve was a quarter short."""
 
-_WORTH_A_RUNG = 0.0005
-"""The same for a rung of a running probe."""
+_REPETITIONS = 20
+"""Micro-steps that a rung takes, about: at three lengths, with warm-up and updates."""
+
+_START_S = 4.0
+_PARAMETERS_BUILT_PER_S = 5e8
+"""What starting a probe takes, roughly: only how it compares with rungs matters."""
+
+PRIOR = "prior"
+"""Name of the sampler that follows the plan, corrected by outcomes."""
+
+_ATTEMPTS = 50
+"""How often another sampler is asked for a structure that has something to try."""
 
 OUTCOMES = "outcomes"
 """User attribute of a trial: what each micro-batch size ended in."""
 
 
 class Search:
-    """What is known so far and what follows from it; shared by sampler and pruner."""
+    """What is known so far and what follows from it; shared by sampler and pruner.
 
-    def __init__(self, plan: Plan, rungs: Sequence[Rung]) -> None:
+    It depends on the plan and the outcomes alone, so that the same outcomes lead to the same
+    choices.
+
+    Args:
+        plan: every setting with its estimate.
+        rungs: what is known.
+        parameters: of the model; starting a probe of a larger one takes longer.
+        steps: optimizer steps of the training; None leaves its length open.
+        thrifty: whether a probe has to be expected to save more of the training than it takes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        rungs: Sequence[Rung],
+        *,
+        parameters: int = 0,
+        steps: int | None = None,
+        thrifty: bool = False,
+    ) -> None:
         self.plan = plan
         self.rungs = list(rungs)
         self.default = default_setting(plan)
+        self._start_s = _START_S + parameters / _PARAMETERS_BUILT_PER_S
+        self._steps = steps
+        self._thrifty = thrifty
         self._too_large: list[int] = []
-        self.beliefs: Beliefs = update(plan, rungs)
+        self._update()
 
     def learn(self, rung: Rung) -> None:
         self.rungs.append(rung)
+        self._update()
+
+    def replace(self, rungs: Sequence[Rung]) -> None:
+        """Take other outcomes for what is known."""
+        self.rungs = list(rungs)
         self._update()
 
     def rule_out(self, row: int) -> None:
@@ -52,37 +91,91 @@ class Search:
 
     def _update(self) -> None:
         self.beliefs = update(self.plan, self.rungs, self._too_large)
+        self._improvement = self.beliefs.expected_improvement()
+        # A micro-step at the speed that is believed now.
+        corrected = self.plan.tokens_per_s / np.exp(self.beliefs.log_tokens_per_s)
+        micro_step_s = self.plan.step_time_s / self.plan.space.gradient_accumulation_steps
+        self._rung_s = _REPETITIONS * micro_step_s * corrected
 
     @property
     def probed(self) -> list[Structure]:
-        """Return the structures that were begun, in order."""
-        return list(dict.fromkeys(rung.setting.structure for rung in self.rungs))
+        """Return the structures that were begun, in order; what was cached was begun by others."""
+        begun = (rung.setting.structure for rung in self.rungs if not rung.cached)
+        return list(dict.fromkeys(begun))
 
     def next_structure(self) -> Structure | None:
         """Return the structure to probe next, or None when no probe is worth it any more.
 
         A ladder that was cut short, by a stop or a kill, is climbed to its end first. The default
-        setting's structure is the first of all, so that the result can say what was gained.
+        setting's structure is the first of all, so that the result can say what was gained. From
+        then on it is what is expected to improve most on the best in a second of probing.
         """
         if (begun := self._cut_short()) is not None:
             return begun
-        if self.default.structure not in self.probed:
+        if not any(rung.setting.structure == self.default.structure for rung in self.rungs):
             return self.default.structure
-        improvement = self.beliefs.expected_improvement()
-        best = int(np.argmax(improvement))
-        if improvement[best] < _WORTH_A_PROBE:
+        worth, cost_s = self._worth(), self._probe_s()
+        if not worth.any():
             return None
-        return self.plan.space.setting(best).structure
+        # Over nothing there is no best, and what is fastest is wanted, not what is tried soonest.
+        rate = self._improvement / (cost_s if self.beliefs.best_tokens_per_s else 1.0)
+        return self.plan.space.setting(int(np.argmax(np.where(worth, rate, 0.0)))).structure
+
+    def has_choice(self) -> bool:
+        """Whether another structure than that of `next_structure` may be probed as well."""
+        begun = any(rung.setting.structure == self.default.structure for rung in self.rungs)
+        return begun and self._cut_short() is None
+
+    def open_structures(self) -> set[Structure]:
+        """Return the structures that have something to try which may fit."""
+        places = np.unique(self.plan.space.structure_index[self.beliefs.open_rows])
+        return {self.plan.space.structures[place] for place in places.tolist()}
+
+    def _worth(self) -> "NDArray[np.bool_]":
+        """Tell which settings are worth a probe."""
+        return self._gains(self._probe_s())
+
+    def _gains(self, cost_s: "NDArray[np.float64]") -> "NDArray[np.bool_]":
+        """Tell which settings promise enough of an improvement on the best for their cost."""
+        gains = self._improvement >= _WORTH_TRYING
+        if self._thrifty:
+            gains &= self._improvement * self.training_s() >= cost_s
+        return gains
+
+    def training_s(self) -> float:
+        """Return the seconds of the training with the best setting so far.
+
+        Without a number of steps it is as long as need be for any gain to pay.
+        """
+        if self._steps is None or not self.beliefs.best_tokens_per_s:
+            return np.inf
+        tokens = float((self.plan.tokens_per_s * self.plan.step_time_s).mean())
+        return self._steps * tokens / self.beliefs.best_tokens_per_s
+
+    def _probe_s(self) -> "NDArray[np.float64]":
+        """Return for each setting the seconds of a probe that begins with it."""
+        return self._start_s + self._rung_s
+
+    def seconds_of(self, setting: Setting) -> float:
+        """Return about how long a probe of one setting takes."""
+        row = self.plan.row_of(setting)
+        assert row is not None, "what is probed is of the plan"
+        return float(self._probe_s()[row])
 
     def _cut_short(self) -> Structure | None:
         """Return the last structure, if a probe of it would not have ended where it did."""
-        if not self.rungs or not isinstance(self.rungs[-1].outcome, Measured | Interrupted):
+        searched = [rung for rung in self.rungs if rung.purpose == "search" and not rung.cached]
+        if not searched or not isinstance(searched[-1].outcome, Measured | Interrupted):
             return None
-        last = self.rungs[-1].setting.structure
+        last = searched[-1].setting.structure
         return last if self.should_go_on(last) else None
 
     def ladder(self, structure: Structure) -> list[Setting]:
-        """Return the rungs to climb, ascending, as far as `should_go_on` says."""
+        """Return the rungs to climb, ascending, as far as `should_go_on` says.
+
+        Those are left out that could not win when the climb began; but what is in doubt to fit is
+        not the first. The default's structure is climbed whole.
+        """
         return [self.plan.space.setting(int(row)) for row in self.rows_ahead(structure)]
 
     def should_go_on(self, structure: Structure) -> bool:
@@ -91,11 +184,55 @@ class Search:
         The default's structure is climbed past what the estimate says can fit: the device's own
         word on where its wall is corrects the estimate for every other structure.
         """
-        ahead = self.rows_ahead(structure)
+        ahead = self._ahead(structure)
         if structure == self.default.structure and not self.plan.fits[ahead].all():
             return True
-        improvement = self.beliefs.expected_improvement()[ahead]
-        return bool(improvement.max(initial=0.0) >= _WORTH_A_RUNG)
+        return bool(self._gains(self._rung_s)[ahead].any())
+
+    def rows_ahead(self, structure: Structure) -> "NDArray[np.int64]":
+        """Return the rows that a probe of the structure would try, ascending.
+
+        They are what is left of a climb that was cut short, or else those of a new one.
+        """
+        ahead = self._ahead(structure)
+        return ahead if len(ahead) else self.chosen(structure)
+
+    def _ahead(self, structure: Structure) -> "NDArray[np.int64]":
+        """Return the rows of the last climb of a structure, or the first, that were not tried."""
+        begun = self._climb_began(structure)
+        rows = self._as_of(begun).chosen(structure)
+        return rows[self.beliefs.possible[rows]]
+
+    def _climb_began(self, structure: Structure) -> int:
+        """Return how many outcomes there were when the last climb of this structure began."""
+        count = len(self.rungs)
+        while count and _is_searched(self.rungs[count - 1], structure):
+            count -= 1
+        return count
+
+    def _as_of(self, count: int) -> "Search":
+        """Return what was known after so many outcomes."""
+        if count == len(self.rungs):
+            return self
+        past = copy(self)
+        past.rungs = self.rungs[:count]
+        past._update()  # noqa: SLF001 - its own class
+        return past
+
+    def chosen(self, structure: Structure) -> "NDArray[np.int64]":
+        """Return the rows of a structure that a climb takes which begins now."""
+        space = self.plan.space
+        place = space.structures.index(structure)
+        rows = np.flatnonzero(self.beliefs.possible & (space.structure_index == place))
+        if structure == self.default.structure or not self.beliefs.best_tokens_per_s:
+            return rows
+        winners = self._improvement[rows] >= _WORTH_TRYING
+        if not winners.any():
+            return rows
+        surely = np.flatnonzero(self.plan.surely_fits[rows[: int(np.argmax(winners)) + 1]])
+        start = surely[-1] if len(surely) else 0
+        taken: NDArray[np.int64] = rows[(np.arange(len(rows)) == start) | winners]
+        return taken
 
     def speeds(self, structure: Structure) -> dict[int, float]:
         """Return tokens a second by micro-batch size, as far as measured."""
@@ -114,15 +251,25 @@ class Search:
         }
 
     def best(self) -> Rung | None:
-        """Return the fastest measured rung."""
+        """Return the fastest measured setting, which the finals may have chosen of two alike."""
         measured = [rung for rung in self.rungs if isinstance(rung.outcome, Measured)]
-        return max(measured, key=_speed, default=None)
+        if not measured:
+            return None
+        close = finals(self.rungs)
+        if close is not None and close.is_over:
+            return self.of(close.winner(self.rungs))
+        together = {rung.setting: self.of(rung.setting) for rung in measured}
+        return max(together.values(), key=_speed)
 
-    def rows_ahead(self, structure: Structure) -> "NDArray[np.int64]":
-        """Return the rows of a structure that were not tried and are not known to be impossible."""
-        space = self.plan.space
-        place = space.structures.index(structure)
-        return np.flatnonzero(self.beliefs.possible & (space.structure_index == place))
+    def of(self, setting: Setting) -> Rung:
+        """Return one rung of a measured setting, with what its outcomes say together."""
+        rungs = [rung for rung in self.rungs if rung.setting == setting]
+        outcome = in_one([rung.outcome for rung in rungs])
+        return replace(rungs[-1], outcome=outcome)
+
+
+def _is_searched(rung: Rung, structure: Structure) -> bool:
+    return rung.setting.structure == structure and rung.purpose == "search" and not rung.cached
 
 
 def _speed(rung: Rung) -> float:
@@ -178,6 +325,57 @@ class PriorSampler(BaseSampler):
         raise NotImplementedError(msg)
 
 
+class FeasibleSampler(PriorSampler):
+    """Asks one of Optuna's samplers until it proposes a structure that has something to try.
+
+    Optuna's samplers know nothing of which combinations there are, and learn nothing from trials
+    that failed. The default's structure, and a ladder that was cut short, come first as ever.
+    """
+
+    def __init__(self, search: Search, sampler: BaseSampler) -> None:
+        super().__init__(search)
+        self._sampler = sampler
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        wanted = super().sample_relative(study, trial, search_space)
+        if not self._search.has_choice():
+            return wanted
+        open_structures = self._search.open_structures()
+        for _ in range(_ATTEMPTS):
+            params = self._sample(study, trial, search_space)
+            if Structure(**params) in open_structures:
+                return params
+        return wanted
+
+    def _sample(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        sampler = self._sampler
+        relative = sampler.infer_relative_search_space(study, trial)
+        params = sampler.sample_relative(study, trial, relative) if relative else {}
+        independent = {
+            name: sampler.sample_independent(study, trial, name, knob)
+            for name, knob in search_space.items()
+            if name not in params
+        }
+        return params | independent
+
+
+def _sampler(name: str, search: Search, seed: int) -> BaseSampler:
+    """Return a sampler by its name, which is one of `config.SAMPLERS`."""
+    match name:
+        case "tpe":
+            return FeasibleSampler(search, optuna.samplers.TPESampler(seed=seed))
+        case "gp":
+            return FeasibleSampler(search, optuna.samplers.GPSampler(seed=seed))
+        case "random":
+            return FeasibleSampler(search, optuna.samplers.RandomSampler(seed=seed))
+        case _:
+            return PriorSampler(search)
+
+
 class CannotWinPruner(BasePruner):
     """Stops a ladder when no rung further up may win."""
 
@@ -194,17 +392,17 @@ def distributions(plan: Plan) -> dict[str, BaseDistribution]:
     return {knob: CategoricalDistribution(sorted({row[knob] for row in rows})) for knob in rows[0]}
 
 
-def new_study(search: Search) -> Study:
+def new_study(search: Search, sampler: str = PRIOR, seed: int = 0) -> Study:
     """Make a study in memory that holds the outcomes known so far, a trial a structure."""
     # What Optuna says on the way, the tuner says better.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name="autotune",
         direction="maximize",
-        sampler=PriorSampler(search),
+        sampler=_sampler(sampler, search, seed),
         pruner=CannotWinPruner(search),
     )
-    for structure in search.probed:
+    for structure in dict.fromkeys(rung.setting.structure for rung in search.rungs):
         study.add_trial(_as_trial(structure, search))
     return study
 
