@@ -51,7 +51,7 @@ def tuning_figures(workload: Workload, tuned: Tuned, best: Rung, tuning_s: float
             "budget_bytes": plan.budget_bytes,
         },
         "probes": tuned.probes,
-        "rungs": len(tuned.rungs),
+        "rungs": sum(not rung.cached for rung in tuned.rungs),
         "cached_rungs": sum(rung.cached for rung in tuned.rungs),
         "stopped_by": tuned.stopped_by,
         "tuning_seconds": tuning_s,

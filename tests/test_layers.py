@@ -30,7 +30,7 @@ LAYERS = (
     ("rundir", "environment", "processes", "session", "model_source", "builtin"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
     ("intake", "documents", "virtual_judge", "outcome_cache"),
-    ("pipeline",),
+    ("pipeline", "rehearse"),
     ("cli",),
 )
 """From the bottom to the top; a part imports only from below."""
@@ -54,6 +54,7 @@ BESIDE = {
     "documents": {"intake", "tune"},
     "virtual_judge": {"intake"},
     "outcome_cache": {"intake"},
+    "rehearse": {"pipeline"},
 }
 """What a part may import from its own layer."""
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "Train with the setting that was found; goes on from the last checkpoint.",
     "plan": "Show which settings fit and how fast they may be, without probing.",
     "estimate": "Estimate memory and speed of one setting.",
+    "rehearse": "Show how a search would go on hardware that need not be there.",
     "data": "Show what a data file holds and how it is trained on.",
     "detect": "Show the devices and what of them may be used.",
 }

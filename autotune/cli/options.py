@@ -54,6 +54,14 @@ seq_length = click.option(
 )
 
 
+rows = click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Rows of an epoch, where no dataset is named: for how long the training is.",
+)
+
+
 def named_hardware(gpus: Sequence[str], nodes: int) -> "NamedHardware | None":
     """Read --gpus and --nodes.
 

@@ -15,6 +15,7 @@ from autotune.cli.options import (
     named_hardware,
     nodes,
     resolve_options,
+    rows,
     seq_length,
     shared,
 )
@@ -46,12 +47,7 @@ def _read_counts(
 @click.command(name="plan")
 @shared()
 @seq_length
-@click.option(
-    "--rows",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Rows of an epoch, where no dataset is named: for hours and cost.",
-)
+@rows
 @click.option("--all", "everything", is_flag=True, help="Every setting in the JSON document.")
 @click.option(
     "--exact",

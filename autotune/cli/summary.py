@@ -184,6 +184,37 @@ def result_text(result: dict[str, Any]) -> str:
     return _aligned(rows)
 
 
+def rehearsal_text(document: dict[str, Any]) -> str:
+    """Lay out a rehearsal: what would be probed, in its order, and what would be chosen."""
+    cluster = document["cluster"]
+    head = (
+        f"{_model_and_job(document)}, on {cluster['num_devices']} x {cluster['device_name']}, "
+        f"{format_bytes(cluster['device_memory_bytes'])} each"
+    )
+    rows = [
+        [
+            f"{number}  {probe['structure']}",
+            str(rung["setting"]["micro_batch_size"]),
+            rung["outcome"].replace("_", " "),
+            f"{rung['tokens_per_s']:.0f}" if rung["tokens_per_s"] else "",
+            format_bytes(rung["device_bytes"]) if rung["device_bytes"] else "",
+        ]
+        for number, probe in enumerate(document["probes"], start=1)
+        for rung in probe["rungs"]
+    ]
+    gain = document["gain_over_default"]
+    figures = {
+        "chosen": Setting.from_json(document["chosen"]["setting"]).label(),
+        "speed": f"{document['chosen']['tokens_per_s']:.0f} tokens/s",
+        "gain": f"{gain:.2f} x the default" if gain else "the default does not fit",
+        "tuning": f"about {format_duration(document['tuning_seconds'])}, "
+        f"{document['rungs']} rungs of {document['settings']} settings, "
+        f"until {document['stopped_by']}",
+    }
+    columns = ["probe", "micro-batch", "outcome", "tok/s", "memory"]
+    return "\n".join([head, table(columns, rows), _aligned(figures)])
+
+
 def _aligned(rows: dict[str, str]) -> str:
     width = max(map(len, rows))
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())

@@ -31,7 +31,6 @@ _REPETITIONS = 20
 
 _START_S = 4.0
 _PARAMETERS_BUILT_PER_S = 5e8
-"""What starting a probe takes, roughly: only how it compares with rungs matters."""
 
 PRIOR = "prior"
 """Name of the sampler that follows the plan, corrected by outcomes."""
@@ -41,6 +40,19 @@ _ATTEMPTS = 50
 
 OUTCOMES = "outcomes"
 """User attribute of a trial: what each micro-batch size ended in."""
+
+
+def start_s(parameters: int) -> float:
+    """Return about how long it takes to start a probe and build a model of so many parameters.
+
+    A rough figure: only how it compares with the time of rungs matters.
+    """
+    return _START_S + parameters / _PARAMETERS_BUILT_PER_S
+
+
+def rungs_s(plan: Plan) -> "NDArray[np.float64]":
+    """Return about how long each setting takes to measure, by its estimate."""
+    return _REPETITIONS * plan.step_time_s / plan.space.gradient_accumulation_steps
 
 
 class Search:
@@ -69,7 +81,7 @@ class Search:
         self.plan = plan
         self.rungs = list(rungs)
         self.default = default_setting(plan)
-        self._start_s = _START_S + parameters / _PARAMETERS_BUILT_PER_S
+        self._start_s = start_s(parameters)
         self._steps = steps
         self._thrifty = thrifty
         self._too_large: list[int] = []
@@ -92,10 +104,8 @@ class Search:
     def _update(self) -> None:
         self.beliefs = update(self.plan, self.rungs, self._too_large)
         self._improvement = self.beliefs.expected_improvement()
-        # A micro-step at the speed that is believed now.
         corrected = self.plan.tokens_per_s / np.exp(self.beliefs.log_tokens_per_s)
-        micro_step_s = self.plan.step_time_s / self.plan.space.gradient_accumulation_steps
-        self._rung_s = _REPETITIONS * micro_step_s * corrected
+        self._rung_s = rungs_s(self.plan) * corrected
 
     @property
     def probed(self) -> list[Structure]:
