@@ -27,7 +27,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOTUNE_CACHE", str(tmp_path / "cache"))
 
 
-def workload(lengths: Ints = LENGTHS, *, memory_gib: int = 24, **job: Any) -> Workload:
+def workload(lengths: Ints = LENGTHS, *, memory_gib: int = 24, **job: Any) -> Workload:  # noqa: ANN401 - fields of a Job
     cluster = make_cluster(gpus=4, memory_bytes=memory_gib * GIB)
     asked = make_job(global_batch_size=64, **job)
     question = Question(

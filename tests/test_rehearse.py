@@ -30,7 +30,12 @@ def test_where_all_fits_the_best_of_the_plan_is_chosen(tmp_path: Path) -> None:
     tried = [rung for probe in document["probes"] for rung in probe["rungs"]]
     assert len(tried) == document["rungs"] < document["settings"]
     assert document["tuning_seconds"] >= sum(rung["seconds"] for rung in tried)
-    settings = [json.dumps(rung["setting"]) for rung in tried]
+    settings = [
+        json.dumps(rung["setting"])
+        for probe in document["probes"]
+        for rung in probe["rungs"]
+        if probe["purpose"] == "search"
+    ]
     assert len(set(settings)) == len(settings)
 
 
@@ -43,14 +48,20 @@ def test_noise_is_drawn_from_the_seed(tmp_path: Path) -> None:
 
 def test_what_is_in_doubt_is_answered_by_a_virtual_run(tmp_path: Path) -> None:
     plan = autotune("plan", *ROWS, *TWO, "--all", "--json", cwd=tmp_path)
-    needs = sorted(entry["memory"]["device_bytes"] for entry in json.loads(plan.stdout)["settings"])
-    budget = needs[len(needs) // 2]
+    needs = {
+        entry["setting"]["micro_batch_size"]: entry["memory"]["device_bytes"]
+        for entry in json.loads(plan.stdout)["settings"]
+        if entry["setting"]["zero_stage"] == 0 and entry["setting"]["checkpointing"] == "none"
+    }
+    budget = round(1.02 * needs[2])
     done = autotune(
-        "rehearse", *ROWS, *TWO, "--device-memory", f"{budget}B", "--json", cwd=tmp_path
+        *("rehearse", *ROWS, *TWO, "--device-memory", f"{budget}B", "--max-probes", 1, "--json"),
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "virtual run of" in done.stderr
+    assert "virtual run of micro-batch 2" in done.stderr
     document = json.loads(done.stdout)
+    assert document["chosen"]["setting"]["micro_batch_size"] == 2
     assert document["chosen"]["device_bytes"] <= budget
 
 

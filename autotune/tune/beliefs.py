@@ -43,9 +43,9 @@ _MINOR_KNOB_SD = 0.03
 _SIZE_SD = 0.1
 """How far it may be off for a doubling of the micro-batch size."""
 
-_KNOBS_OF_SIZE = ("zero_stage", "checkpointing")
-_SIZE_BY_KNOB_SD = 0.03
-"""How far that doubling may mean something else with another value of these knobs."""
+_SIZE_BY_KNOB_SD = {"zero_stage": 0.15, "checkpointing": 0.03}
+"""How far that doubling may mean something else with another value of these knobs: what a stage
+talks in each micro-step weighs the more, the smaller those are."""
 
 _STRUCTURE_SD = 0.04
 """What the knobs of a structure do together that each alone does not."""
@@ -188,7 +188,7 @@ class Kinship:
         level = (
             _MACHINE_SD**2 + _STRUCTURE_SD**2 + sum(_knob_sd(name) ** 2 for name in self._values)
         )
-        slope = _SIZE_SD**2 + len(_KNOBS_OF_SIZE) * _SIZE_BY_KNOB_SD**2
+        slope = _SIZE_SD**2 + sum(sd**2 for sd in _SIZE_BY_KNOB_SD.values())
         own: Floats = level + slope * self._doublings**2
         return own
 
@@ -201,8 +201,7 @@ class Kinship:
         for name, values in self._values.items():
             same = values[:, None] == values[seen]
             level = level + _knob_sd(name) ** 2 * same
-            if name in _KNOBS_OF_SIZE:
-                slope = slope + _SIZE_BY_KNOB_SD**2 * same
+            slope = slope + _SIZE_BY_KNOB_SD.get(name, 0.0) ** 2 * same
         doublings = self._doublings[:, None] * self._doublings[rows]
         towards: Floats = level[self._structure] + doublings * slope[self._structure]
         return towards

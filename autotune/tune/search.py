@@ -1,5 +1,6 @@
 """The search as Optuna sees it: a trial is a structure, its rungs are intermediate values."""
 
+import importlib.util
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autotune.errors import ConfigError
 from autotune.outcome import Interrupted, Measured, Rung
 from autotune.plan import Plan
 from autotune.setting import Setting, Structure
@@ -374,11 +376,18 @@ class FeasibleSampler(PriorSampler):
 
 
 def _sampler(name: str, search: Search, seed: int) -> BaseSampler:
-    """Return a sampler by its name, which is one of `config.SAMPLERS`."""
+    """Return a sampler by its name, which is one of `config.SAMPLERS`.
+
+    Raises:
+        ConfigError: it needs a library that is not installed.
+    """
     match name:
         case "tpe":
             return FeasibleSampler(search, optuna.samplers.TPESampler(seed=seed))
         case "gp":
+            if importlib.util.find_spec("scipy") is None:
+                msg = "--sampler gp needs SciPy: pip install scipy, or choose another sampler"
+                raise ConfigError(msg)
             return FeasibleSampler(search, optuna.samplers.GPSampler(seed=seed))
         case "random":
             return FeasibleSampler(search, optuna.samplers.RandomSampler(seed=seed))

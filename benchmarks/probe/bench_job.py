@@ -41,11 +41,23 @@ def write_data(path: Path, rows: int, longest: int, seed: int = 0) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def prepare(directory: Path, *, global_batch_size: int, rows: int, longest: int) -> BenchJob:
+def prepare(
+    directory: Path,
+    *,
+    global_batch_size: int,
+    rows: int,
+    longest: int,
+    model: str = "builtin:glm-tiny",
+) -> BenchJob:
     """Start the server, look into the job, build the ops."""
     data = directory / "data.jsonl"
     write_data(data, rows, longest)
-    given = {"dataset": data, "devices": RANKS, "global_batch_size": global_batch_size}
+    given = {
+        "dataset": data,
+        "devices": RANKS,
+        "global_batch_size": global_batch_size,
+        "model": model,
+    }
     question = intake.ask(resolve([Layer("benchmark", {k: str(v) for k, v in given.items()})]))
     intake.start_processes(question)
     workload = intake.look_into(question, dataset_dir=directory / "dataset", logs=directory)

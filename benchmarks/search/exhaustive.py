@@ -1,6 +1,6 @@
 """Measures every setting of a job that fits, then searches it, and says what the search missed.
 
-    python benchmarks/search/exhaustive.py [--rows 640] [--longest 160] [--global-batch-size 32]
+    python benchmarks/search/exhaustive.py --name glm-tiny-160 [--longest 160] [--layers 4]
 
 On two CPU ranks. The fastest setting of the exhaustive run and the chosen one, if they differ, are
 measured again in turn; regret is how much slower the chosen one is, with the spread of the pairs.
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "probe"))
 
 from bench_job import RANKS, BenchJob, prepare
 
+from autotune import builtin
 from autotune.outcome import Measured, Rung
 from autotune.probe.local import LocalProber
 from autotune.probe.protocol import RungMeasurement
@@ -99,20 +101,39 @@ def in_turn(job: BenchJob, one: Setting, other: Setting, rounds: int) -> list[fl
     return ratios
 
 
+def resized(directory: Path, hidden_size: int | None, layers: int | None) -> Path:
+    """Copy the demo model's directory, its configuration changed."""
+    shutil.copytree(builtin.directory("glm-tiny"), directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    if hidden_size is not None:
+        scale = hidden_size / config["hidden_size"]
+        config["hidden_size"] = hidden_size
+        config["intermediate_size"] = round(config["intermediate_size"] * scale)
+        config["head_dim"] = hidden_size // config["num_attention_heads"]
+    config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+    path.write_text(json.dumps(config))
+    return directory
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="glm-tiny")
     parser.add_argument("--rows", type=int, default=640)
     parser.add_argument("--longest", type=int, default=160)
     parser.add_argument("--global-batch-size", type=int, default=32)
+    parser.add_argument("--hidden-size", type=int, help="Of glm-tiny's configuration, changed so.")
+    parser.add_argument("--layers", type=int, help="The same.")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="autotune-benchmark-") as directory:
+        model = resized(Path(directory) / "model", options.hidden_size, options.layers)
         job = prepare(
             Path(directory),
             global_batch_size=options.global_batch_size,
             rows=options.rows,
             longest=options.longest,
+            model=str(model),
         )
         lines, exhaustive_s = measure_all(job)
         measured = [line for line in lines if isinstance(line["outcome"], dict)]
@@ -125,7 +146,7 @@ def main() -> None:
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "ranks": RANKS,
-        "job": {name: getattr(options, name) for name in ("rows", "longest", "global_batch_size")},
+        "job": {name: value for name, value in vars(options).items() if name != "rounds"},
         "settings_measured": len(measured),
         "exhaustive_s": exhaustive_s,
         "fastest": best["setting"],
