@@ -113,9 +113,25 @@ def test_the_order_of_outcomes_does_not_matter(tried: Sequence[int]) -> None:
     assert (forwards.open_rows == backwards.open_rows).all()
 
 
-def test_over_nothing_the_improvement_is_the_expected_speed() -> None:
-    improvement = after().expected_improvement()
-    assert improvement == pytest.approx(np.where(PLAN.kept, PLAN.tokens_per_s, 0.0))
+def test_over_nothing_the_improvement_is_the_expected_speed_of_what_fits() -> None:
+    beliefs = after()
+    expected = np.where(PLAN.kept, PLAN.tokens_per_s * beliefs.fit_probability, 0.0)
+    assert beliefs.expected_improvement() == pytest.approx(expected)
+
+
+def test_the_more_room_is_left_the_likelier_a_setting_fits() -> None:
+    order = np.argsort(PLAN.memory.device_bytes)
+    likely = after().fit_probability
+    assert (np.diff(likely[order]) <= 0).all()
+    assert (likely[PLAN.fits] >= 0.5).all()
+    assert (likely[PLAN.memory.device_bytes < 0.5 * PLAN.budget_bytes] > 0.99).all()
+
+
+def test_peaks_above_the_estimate_make_what_is_near_the_wall_less_likely_to_fit() -> None:
+    near = np.abs(PLAN.memory.device_bytes / PLAN.budget_bytes - 0.9) < 0.1
+    assert near.any()
+    larger = after(as_estimated(row_of(3, 1), memory=1.1)).fit_probability
+    assert (larger[near] < after().fit_probability[near]).all()
 
 
 @given(st.lists(rows, min_size=1, max_size=4, unique=True))
@@ -129,7 +145,8 @@ def test_improvement_is_that_of_a_normal_belief(tried: Sequence[int]) -> None:
     for row in np.flatnonzero(beliefs.open_rows)[:5]:
         speeds = beliefs.log_tokens_per_s[row] + beliefs.log_sd[row] * points
         gains = np.maximum(0.0, speeds - math.log(beliefs.best_tokens_per_s))
-        assert improvement[row] == pytest.approx(float(gains @ weights), abs=1e-5)
+        expected = float(gains @ weights) * float(beliefs.fit_probability[row])
+        assert improvement[row] == pytest.approx(expected, abs=1e-5)
 
 
 def saves_nothing_beside(other: Setting, setting: Setting) -> bool:

@@ -24,34 +24,66 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_MACHINE_SD = 1.0
-"""How far (in logarithm) the prediction may be off for all settings alike."""
 
-_KNOB_SD = {
-    "zero_stage": 0.25,
-    "offload_optimizer": 0.25,
-    "offload_param": 0.25,
-    "checkpointing": 0.25,
-    "attention": 0.25,
-    "sampling": 0.1,
-}
-"""How far it may be off for one value of a knob against another."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Priors:
+    """How far the logarithm of measured over predicted may be off; standard deviations.
 
-_MINOR_KNOB_SD = 0.03
-"""The same for a knob that is not named above: how a structure communicates."""
+    Attributes:
+        machine: for all settings alike.
+        knobs: for one value of a knob against another.
+        minor_knobs: the same for knobs that are not named there: how a structure communicates.
+        size: for a doubling of the micro-batch size.
+        size_by_knob: how far that may mean something else with another value of these knobs. What
+            a stage talks in each micro-step weighs the more, the smaller those are.
+        structure: what the knobs of a structure do together that each alone does not.
+        noise: what none of these explains, measurement noise included.
+    """
 
-_SIZE_SD = 0.1
-"""How far it may be off for a doubling of the micro-batch size."""
+    machine: float
+    knobs: Mapping[str, float]
+    minor_knobs: float
+    size: float
+    size_by_knob: Mapping[str, float]
+    structure: float
+    noise: float
 
-_SIZE_BY_KNOB_SD = {"zero_stage": 0.15, "checkpointing": 0.03}
-"""How far that doubling may mean something else with another value of these knobs: what a stage
-talks in each micro-step weighs the more, the smaller those are."""
+    def of_knob(self, name: str) -> float:
+        return self.knobs.get(name, self.minor_knobs)
 
-_STRUCTURE_SD = 0.04
-"""What the knobs of a structure do together that each alone does not."""
 
-_NOISE_SD = 0.02
-"""What none of these explains, measurement noise included."""
+_SPEED = Priors(
+    machine=1.0,
+    knobs={
+        "zero_stage": 0.25,
+        "offload_optimizer": 0.25,
+        "offload_param": 0.25,
+        "checkpointing": 0.25,
+        "attention": 0.25,
+        "sampling": 0.1,
+    },
+    minor_knobs=0.03,
+    size=0.1,
+    size_by_knob={"zero_stage": 0.15, "checkpointing": 0.03},
+    structure=0.04,
+    noise=0.02,
+)
+_MEMORY = Priors(
+    machine=0.1,
+    knobs={
+        "zero_stage": 0.03,
+        "offload_optimizer": 0.03,
+        "offload_param": 0.03,
+        "checkpointing": 0.03,
+        "attention": 0.1,
+        "sampling": 0.03,
+    },
+    minor_knobs=0.02,
+    size=0.02,
+    size_by_knob={},
+    structure=0.03,
+    noise=0.01,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +94,7 @@ class Beliefs:
         log_tokens_per_s: expected logarithm of the speed, and its standard deviation.
         possible: settings that were not tried and that no outcome has shown to be impossible.
         open_rows: those of them that may fit, as the estimates are corrected by measured peaks.
+        fit_probability: how likely each is to fit its device.
         best_tokens_per_s: of what was measured; 0 if nothing was.
     """
 
@@ -69,22 +102,24 @@ class Beliefs:
     log_sd: Floats
     possible: Bools
     open_rows: Bools
+    fit_probability: Floats
     best_tokens_per_s: float
 
     def expected_improvement(self) -> Floats:
         """Return the expected gain of each open row over the best, as a share of the best.
 
         The closed form of a normal belief: (mu - b) Phi(z) + sd phi(z), with z = (mu - b) / sd
-        (Jones et al., 1998), in logarithms; 0 for rows that are not open. Over nothing the gain is
-        the expected speed itself.
+        (Jones et al., 1998), in logarithms, times the probability that the row fits (Gardner et
+        al., 2014); 0 for rows that are not open. Over nothing the gain is the expected speed.
         """
+        fits = np.where(self.open_rows, self.fit_probability, 0.0)
         if not self.best_tokens_per_s:
-            return np.where(self.open_rows, np.exp(self.log_tokens_per_s), 0.0)
+            return fits * np.exp(self.log_tokens_per_s)
         gain = self.log_tokens_per_s - np.log(self.best_tokens_per_s)
         z = gain / self.log_sd
         density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
-        improvement = gain * _normal_cdf(z) + self.log_sd * density
-        return np.where(self.open_rows, improvement, 0.0)
+        improvement: Floats = gain * _normal_cdf(z) + self.log_sd * density
+        return fits * improvement
 
 
 def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> Beliefs:
@@ -95,18 +130,21 @@ def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> 
     """
     tried = _outcomes(plan, rungs)
     speeds = {row: out.tokens_per_s for row, out in tried.items() if isinstance(out, Measured)}
-    kinship = Kinship(plan.space)
     faster, sd = _regress(
-        kinship, {row: math.log(speed / plan.tokens_per_s[row]) for row, speed in speeds.items()}
+        Kinship(plan.space, _SPEED),
+        {row: math.log(speed / plan.tokens_per_s[row]) for row, speed in speeds.items()},
     )
+    larger, larger_sd = _memory(plan, tried)
     possible = _possible(plan, tried)
     for row in too_large:
         possible &= ~_needs_as_much(plan, row)
+    needs = np.exp(larger) * plan.memory.device_bytes
     return Beliefs(
         log_tokens_per_s=np.log(plan.tokens_per_s) + faster,
         log_sd=sd,
         possible=possible,
-        open_rows=possible & plan.may_fit(_device_bytes(plan, kinship, tried)),
+        open_rows=possible & plan.may_fit(needs),
+        fit_probability=_normal_cdf(np.log(plan.budget_bytes / needs) / larger_sd),
         best_tokens_per_s=max(speeds.values(), default=0.0),
     )
 
@@ -132,41 +170,39 @@ def in_one(outcomes: Sequence[Outcome]) -> Outcome:
     return replace(middle, peak_bytes=max(one.peak_bytes for one in measured))
 
 
-def _device_bytes(plan: Plan, kinship: "Kinship", tried: Mapping[int, Outcome]) -> Floats:
-    """Return what every setting is believed to need of a device, corrected by measured peaks.
+def _memory(plan: Plan, tried: Mapping[int, Outcome]) -> tuple[Floats, Floats]:
+    """Return by how much every setting is believed to need more of a device than estimated.
 
-    An out-of-memory says that more was needed than is there; it counts where less was believed.
-    A peak leaves out what a GPU's context takes, so a correction may be too low by that share: a
-    setting too many is tried then, and none too few.
+    In logarithms, with the standard deviation. An out-of-memory says that more was needed than is
+    there; it counts where less was believed. A peak leaves out what a GPU's context takes, so a
+    correction may be too low by that share: a setting too many is tried then, and none too few.
     """
-    estimate = plan.memory.device_bytes
+    estimate, kinship = plan.memory.device_bytes, Kinship(plan.space, _MEMORY)
     peaks = {
         row: math.log(out.peak_bytes / estimate[row])
         for row, out in tried.items()
         if isinstance(out, Measured) and out.peak_bytes
     }
-    larger, _ = _regress(kinship, peaks)
+    larger, sd = _regress(kinship, peaks)
     room = np.log(plan.budget_bytes / estimate)
     surprises = {
         row: float(room[row])
         for row, out in tried.items()
         if isinstance(out, OutOfMemory) and out.where == "device" and room[row] > larger[row]
     }
-    if surprises:
-        larger, _ = _regress(kinship, peaks | surprises)
-    needs: Floats = np.exp(larger) * estimate
-    return needs
+    return _regress(kinship, peaks | surprises) if surprises else (larger, sd)
 
 
 def _regress(kinship: "Kinship", observed: Mapping[int, float]) -> tuple[Floats, Floats]:
     """Return mean and standard deviation of the correction of every row."""
     rows = np.array(list(observed), dtype=np.int64)
     towards = kinship.towards(rows)
-    among = towards[rows] + _NOISE_SD**2 * np.eye(len(rows))
+    noise = kinship.priors.noise**2
+    among = towards[rows] + noise * np.eye(len(rows))
     weights = np.linalg.solve(among, towards.T)
     mean = np.asarray(weights.T @ np.array(list(observed.values())), dtype=np.float64)
     variance = kinship.own - np.einsum("ij,ji->i", towards, weights)
-    sd: Floats = np.sqrt(np.maximum(variance, 0.0) + _NOISE_SD**2)
+    sd: Floats = np.sqrt(np.maximum(variance, 0.0) + noise)
     return mean, sd
 
 
@@ -177,7 +213,8 @@ class Kinship:
     size (which may depend on stage and checkpointing), and of the structure as such.
     """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, priors: Priors) -> None:
+        self.priors = priors
         self._structure = space.structure_index
         self._doublings = np.log2(space.micro_batch_size)
         self._values = {field.name: _codes(space, field.name) for field in fields(Structure)}
@@ -185,10 +222,10 @@ class Kinship:
     @cached_property
     def own(self) -> Floats:
         """Return the variance of every setting: it is like itself in everything."""
-        level = (
-            _MACHINE_SD**2 + _STRUCTURE_SD**2 + sum(_knob_sd(name) ** 2 for name in self._values)
-        )
-        slope = _SIZE_SD**2 + sum(sd**2 for sd in _SIZE_BY_KNOB_SD.values())
+        priors = self.priors
+        knobs = sum(priors.of_knob(name) ** 2 for name in self._values)
+        level = priors.machine**2 + priors.structure**2 + knobs
+        slope = priors.size**2 + sum(sd**2 for sd in priors.size_by_knob.values())
         own: Floats = level + slope * self._doublings**2
         return own
 
@@ -196,19 +233,16 @@ class Kinship:
         """Return the covariance of every setting with these, an array (settings, rows)."""
         seen = self._structure[rows]
         of_structures = np.arange(len(next(iter(self._values.values()))))
-        level = _MACHINE_SD**2 + _STRUCTURE_SD**2 * (of_structures[:, None] == seen)
-        slope = np.full(level.shape, _SIZE_SD**2)
+        priors = self.priors
+        level = priors.machine**2 + priors.structure**2 * (of_structures[:, None] == seen)
+        slope = np.full(level.shape, priors.size**2)
         for name, values in self._values.items():
             same = values[:, None] == values[seen]
-            level = level + _knob_sd(name) ** 2 * same
-            slope = slope + _SIZE_BY_KNOB_SD.get(name, 0.0) ** 2 * same
+            level = level + priors.of_knob(name) ** 2 * same
+            slope = slope + priors.size_by_knob.get(name, 0.0) ** 2 * same
         doublings = self._doublings[:, None] * self._doublings[rows]
         towards: Floats = level[self._structure] + doublings * slope[self._structure]
         return towards
-
-
-def _knob_sd(name: str) -> float:
-    return _KNOB_SD.get(name, _MINOR_KNOB_SD)
 
 
 def _codes(space: Space, knob: str) -> Ints:

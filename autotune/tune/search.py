@@ -126,7 +126,8 @@ class Search:
             return begun
         if not any(rung.setting.structure == self.default.structure for rung in self.rungs):
             return self.default.structure
-        worth, cost_s = self._worth(), self._probe_s()
+        cost_s = self._probe_s()
+        worth = self._gains(cost_s)
         if not worth.any():
             return None
         # Over nothing there is no best, and what is fastest is wanted, not what is tried soonest.
@@ -142,10 +143,6 @@ class Search:
         """Return the structures that have something to try which may fit."""
         places = np.unique(self.plan.space.structure_index[self.beliefs.open_rows])
         return {self.plan.space.structures[place] for place in places.tolist()}
-
-    def _worth(self) -> "NDArray[np.bool_]":
-        """Tell which settings are worth a probe."""
-        return self._gains(self._probe_s())
 
     def _gains(self, cost_s: "NDArray[np.float64]") -> "NDArray[np.bool_]":
         """Tell which settings promise enough of an improvement on the best for their cost."""
@@ -165,14 +162,17 @@ class Search:
         return self._steps * tokens / self.beliefs.best_tokens_per_s
 
     def _probe_s(self) -> "NDArray[np.float64]":
-        """Return for each setting the seconds of a probe that begins with it."""
-        return self._start_s + self._rung_s
+        """Return for each setting the seconds of a probe of its structure, on all that may win."""
+        space = self.plan.space
+        climbed = np.where(self._improvement >= _WORTH_TRYING, self._rung_s, 0.0)
+        rungs_s = np.bincount(space.structure_index, climbed, minlength=len(space.structures))
+        return self._start_s + np.maximum(rungs_s[space.structure_index], self._rung_s)
 
     def seconds_of(self, setting: Setting) -> float:
         """Return about how long a probe of one setting takes."""
         row = self.plan.row_of(setting)
         assert row is not None, "what is probed is of the plan"
-        return float(self._probe_s()[row])
+        return self._start_s + float(self._rung_s[row])
 
     def _cut_short(self) -> Structure | None:
         """Return the last structure, if a probe of it would not have ended where it did."""
