@@ -122,15 +122,15 @@ def test_over_nothing_the_improvement_is_the_expected_speed_of_what_fits() -> No
 def test_the_more_room_is_left_the_likelier_a_setting_fits() -> None:
     order = np.argsort(PLAN.memory.device_bytes)
     likely = after().fit_probability
-    assert (np.diff(likely[order]) <= 0).all()
+    assert (np.diff(likely[order]) <= 1e-9).all()
     assert (likely[PLAN.fits] >= 0.5).all()
     assert (likely[PLAN.memory.device_bytes < 0.5 * PLAN.budget_bytes] > 0.99).all()
 
 
 def test_peaks_above_the_estimate_make_what_is_near_the_wall_less_likely_to_fit() -> None:
-    near = np.abs(PLAN.memory.device_bytes / PLAN.budget_bytes - 0.9) < 0.1
+    near = np.abs(PLAN.memory.device_bytes / PLAN.budget_bytes - 0.95) < 0.05
     assert near.any()
-    larger = after(as_estimated(row_of(3, 1), memory=1.1)).fit_probability
+    larger = after(as_estimated(row_of(3, 1), memory=1.2)).fit_probability
     assert (larger[near] < after().fit_probability[near]).all()
 
 

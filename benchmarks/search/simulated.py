@@ -135,7 +135,8 @@ def draw_truth(plan: Plan, errors: Errors, random: np.random.Generator) -> tuple
     def of(values: Any, pool: Floats) -> Floats:  # noqa: ANN401 - a column
         kinds, place = np.unique(values, return_inverse=True)
         signs = random.choice([-1, 1], len(kinds))
-        return (signs * random.choice(pool, len(kinds)))[place]
+        drawn: Floats = (signs * random.choice(pool, len(kinds)))[place]
+        return drawn
 
     off = of(space.column("zero_stage"), errors.stages)
     off = off + of(space.column("offload_optimizer"), errors.stages)
