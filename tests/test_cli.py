@@ -73,6 +73,7 @@ OPTIONS = {
         *("--micro-batch-size", "--zero-stage", "--offload-optimizer", "--offload-param"),
         *("--checkpointing", "--attention", "--seq-length", "--exact", "--gpus", "--nodes"),
     },
+    "rehearse": JOB_OPTIONS | {"--seq-length", "--rows", "--noise", "--gpus", "--nodes"},
     "data": DATA_OPTIONS
     | {
         *("files", "--model", "--max-seq-length", "--trust-remote-code"),
