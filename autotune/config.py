@@ -7,6 +7,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from autotune.errors import ConfigError
+from autotune.knobs import KNOBS, read_pins
 from autotune.units import parse_bytes, parse_duration
 from autotune.workload import ALL_LINEAR
 
@@ -156,7 +157,8 @@ class Option:
     """An option of the command line and key of the configuration file.
 
     `default` is what holds if nobody says anything; None means that it follows from other facts.
-    With `multiple` the flag may be repeated.
+    With `multiple` the flag may be repeated. With `is_config` a value that cannot be is a
+    ConfigError on the command line too.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Option:
     metavar: str
     help: str
     multiple: bool = False
+    is_config: bool = False
 
     @property
     def flag(self) -> str:
@@ -379,6 +382,16 @@ OPTIONS: tuple[Option, ...] = (
         default=None,
         metavar="SIZE",
         help="Memory of a device that may be used, for instance 2GiB; enforced [all that is free].",
+    ),
+    Option(
+        name="set",
+        parse=read_pins,
+        default=None,
+        metavar="KNOB=VALUE[,VALUE...]",
+        help="Values that a knob may have, in place of those that the search would try: "
+        f"{', '.join(knob.name for knob in KNOBS)}. May be repeated.",
+        multiple=True,
+        is_config=True,
     ),
     Option(
         name="max_probes",

@@ -7,7 +7,7 @@ from typing import Any
 from autotune.hardware import Cluster
 from autotune.setting import Setting
 from autotune.workload import Job, ModelProfile, TrainSpec
-from autotune.zero import MAX_LIVE_PARAMETERS, PERSISTENCE_THRESHOLD
+from autotune.zero import MAX_LIVE_PARAMETERS
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -52,24 +52,26 @@ def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
 
 def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
     structure = setting.structure
-    bucket = profile.bucket_elements
     zero: dict[str, Any] = {"stage": structure.zero_stage}
     if structure.zero_stage == 0:
         return zero
     zero |= {
         "contiguous_gradients": True,
-        "overlap_comm": structure.zero_stage == 3,  # noqa: PLR2004 - a ZeRO stage
-        "reduce_bucket_size": bucket,
+        "overlap_comm": structure.overlap_comm,
+        "reduce_bucket_size": profile.bucket(structure.reduce_bucket_size),
     }
     if structure.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": structure.offload_optimizer, "pin_memory": True}
     if structure.zero_stage < 3:  # noqa: PLR2004 - a ZeRO stage
-        return zero | {"allgather_partitions": True, "allgather_bucket_size": bucket}
+        return zero | {
+            "allgather_partitions": True,
+            "allgather_bucket_size": profile.bucket(structure.allgather_bucket_size),
+        }
     if structure.offload_param != "none":
         zero["offload_param"] = {"device": structure.offload_param, "pin_memory": True}
     return zero | {
-        "stage3_prefetch_bucket_size": profile.prefetch_elements,
-        "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        "stage3_prefetch_bucket_size": profile.prefetch(structure.stage3_prefetch_bucket_size),
+        "stage3_param_persistence_threshold": structure.stage3_param_persistence_threshold,
         "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
         "stage3_max_reuse_distance": MAX_LIVE_PARAMETERS,
         "stage3_gather_16bit_weights_on_model_save": True,
@@ -97,7 +99,7 @@ def train_spec(
         model_output_dir=model_output_dir,
         device_kind=cluster.kind,
         device_memory_bytes=cluster.device_memory_bytes,
-        threads_per_rank=cluster.threads_per_rank,
+        threads_per_rank=setting.structure.threads_per_rank or cluster.threads_per_rank,
         seed=job.seed,
         trainer=_trainer_arguments(job, setting, output_dir),
         lora=job.lora,

@@ -1,6 +1,7 @@
 """Takes in what is asked: finds model, data and devices, and puts them into figures."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 import tempfile
@@ -20,8 +21,9 @@ from autotune.detect import detect
 from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
-from autotune.errors import UsageError, VirtualRunUnavailableError
+from autotune.errors import ConfigError, UsageError, VirtualRunUnavailableError
 from autotune.hardware import Bench, Cluster, DeviceKind, Rates
+from autotune.knobs import NO_PINS, Pins
 from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
 from autotune.partial_checkpointing import with_partial_checkpointing
@@ -29,7 +31,7 @@ from autotune.plan import Plan, make_plan
 from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached, read_json, write_json, writing
-from autotune.setting import Setting
+from autotune.setting import FLASH_ATTENTION, Setting
 from autotune.space import (
     CHECKPOINTING_MODES,
     PARTIAL_CHECKPOINTING,
@@ -70,7 +72,11 @@ class NamedHardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked for, where it would run, and the name of the answer."""
+    """What is asked for, where it would run, and the name of the answer.
+
+    Attributes:
+        notes: what was decided about what is asked that its asker should know of.
+    """
 
     named: NamedHardware | None
 
@@ -79,6 +85,8 @@ class Question:
     source: ModelSource
     dataset: tuple[Source, ...]
     fingerprint: str
+    pins: Pins = NO_PINS
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +123,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         cluster = named_cluster(named.gpus, named.nodes, options["device_memory"])
     # Only asked for its refusal, before minutes are spent on model and data.
     micro_batch_sizes(options["global_batch_size"], cluster.num_devices)
+    pins = Pins.of(options["set"] or {})
     facts = {
         "model": source.content_hash(),
         "dataset": [(content_hash(source.path), source.weight) for source in dataset],
@@ -134,6 +143,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         source=source,
         dataset=dataset,
         fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        pins=pins,
     )
 
 
@@ -169,7 +179,8 @@ def look_into(
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
 
-    Of the checkpointing modes those are tried that the model has.
+    Of the checkpointing modes those are tried that the model has; pins of the question go before
+    what is said here.
 
     Raises:
         UsageError: rows are asked for that are longer than the model takes.
@@ -221,17 +232,27 @@ class _Model:
 def _look_at_model(
     question: Question, attention: str, checkpointing: tuple[str, ...], logs: Path
 ) -> _Model:
-    options, source = question.options, question.source
+    options, source, pins = question.options, question.source, question.pins
     precision = choose_precision(options["precision"], question.cluster)
-    profile = _profile(
-        options,
-        source,
-        precision,
-        question.cluster.kind,
-        logs,
-        attention=attention,
-        padded=bool(question.dataset),
-        checkpointing=checkpointing,
+    for name in pins.get("attention", ()):
+        _require_attention(str(name), question)
+    attentions = list(map(str, pins.get("attention", (attention,))))
+    checkpointing = tuple(map(str, pins.get("checkpointing", checkpointing)))
+    first, *others = [
+        _profile(
+            options,
+            source,
+            precision,
+            question.cluster.kind,
+            logs,
+            attention=name,
+            padded=bool(question.dataset),
+            checkpointing=checkpointing,
+        )
+        for name in attentions
+    ]
+    profile = replace(
+        first, other_attentions=tuple((other.attention, other.traces) for other in others)
     )
     limit = _within("--max-seq-length", options["max_seq_length"], profile.max_position_embeddings)
     _log.info(
@@ -292,11 +313,12 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
     space = enumerate_space(
         cluster,
         job.global_batch_size,
-        attention=profile.attention,
+        attentions=profile.attentions,
         checkpointing_modes=tuple(mode for mode, _ in profile.traces),
+        pins=question.pins,
     )
     plan = make_plan(space, profile, job, cluster, rates, data.lengths)
-    if plan.has_place_between():
+    if "checkpointing" not in question.pins and plan.has_place_between():
         plan = with_partial_checkpointing(plan, PARTIAL_CHECKPOINTING, profile.num_layers)
     return Workload(
         question=question,
@@ -334,6 +356,31 @@ def choose_precision(asked: str, cluster: Cluster) -> Any:  # noqa: ANN401 - a P
         return "fp32"
     capable = cluster.compute_capability is None or cluster.compute_capability >= _BF16_CAPABILITY
     return "bf16" if capable else "fp16"
+
+
+def _require_attention(attention: str, question: Question) -> None:
+    """Refuse FlashAttention's own package where its kernel does not run, or is not there to run.
+
+    Raises:
+        ConfigError: the devices are no GPUs or too old, the precision has more than 16 bits, or the
+            package is missing on devices that are here.
+    """
+    if attention != FLASH_ATTENTION:
+        return
+    cluster = question.cluster
+    precision = choose_precision(question.options["precision"], cluster)
+    if not cluster.has_separate_memory:
+        what = "needs GPUs: name some with --gpus"
+    elif cluster.compute_capability is not None and cluster.compute_capability < _BF16_CAPABILITY:
+        what = "needs GPUs of compute capability 8.0 or more"
+    elif precision == "fp32":
+        what = "computes in bf16 or fp16: choose one with --precision"
+    elif question.named is None and importlib.util.find_spec("flash_attn") is None:
+        what = "needs the package flash-attn, which is not installed: install it"
+    else:
+        return
+    msg = f"attention {FLASH_ATTENTION} {what}, or use sdpa"
+    raise ConfigError(msg)
 
 
 def _within(flag: str, asked: int | None, limit: int) -> int:
@@ -524,7 +571,7 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
     spec = train_spec(job, setting, cluster, dataset_dir="", output_dir="", model_output_dir="")
     # What is free changes all the time, and matters only as far as the weights fit in twice.
     steady = cluster.device_memory_bytes // _MEMORY_STEP * _MEMORY_STEP
-    shards = shards_of(workload.profile, cluster.num_devices)
+    shards = shards_of(workload.profile, cluster.num_devices, setting.structure)
     request = VirtualRequest(
         spec=replace(spec, device_memory_bytes=steady if cluster.has_separate_memory else 0),
         ds_config=ds_config(job, setting, workload.profile, cluster),

@@ -265,23 +265,26 @@ def _integrated(
         axis=1,
         return_inverse=True,
     )
-    modes, mode = np.unique(
-        [structure.checkpointing for structure in space.structures], return_inverse=True
-    )
+    of_structure = [(one.checkpointing, one.attention) for one in space.structures]
+    ways = {way: place for place, way in enumerate(dict.fromkeys(of_structure))}
+    way = np.array([ways[one] for one in of_structure])
     waits = np.array(
         [synchronises_every_micro_step(one.zero_stage, space.ranks) for one in space.structures],
         dtype=np.int64,
     )
-    seconds = np.empty((splits.shape[1], len(modes), 2))
+    seconds = np.empty((splits.shape[1], len(ways), 2))
     tokens = np.empty(splits.shape[1])
     for split, (size, accumulation) in enumerate(splits.T.tolist()):
         steps = DrawnSteps.draw(rows, size, accumulation, space.ranks)
         tokens[split] = steps.tokens
         seconds[split] = steps.mean_s_of(
-            [predicted_micro_step(profile, name, rates, size) for name in modes.tolist()]
+            [
+                predicted_micro_step(profile, checkpointing, rates, size, attention)
+                for checkpointing, attention in ways
+            ]
         )
     structure = space.structure_index
-    return seconds[split_of_row, mode[structure], waits[structure]], tokens[split_of_row]
+    return seconds[split_of_row, way[structure], waits[structure]], tokens[split_of_row]
 
 
 def _added(

@@ -180,14 +180,18 @@ def evaluate(polynomial: Polynomial, micro_batch_size: int, lengths: Ints | Floa
 
 
 def predicted_micro_step(
-    profile: ModelProfile, checkpointing: str, rates: Rates, micro_batch_size: int
+    profile: ModelProfile,
+    checkpointing: str,
+    rates: Rates,
+    micro_batch_size: int,
+    attention: str | None = None,
 ) -> Polynomial:
     """Return the predicted seconds of a micro-step, all its rows together, over padded lengths.
 
     The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
     of them what it takes to start one.
     """
-    trace = profile.trace(checkpointing)
+    trace = profile.trace(checkpointing, attention)
     a_flop_s = micro_batch_size / rates.matmul_flops_per_s
     return Polynomial(
         c0=trace.flops.c0 * a_flop_s + trace.operators * rates.operator_overhead_s,

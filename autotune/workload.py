@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Precision = Literal["bf16", "fp16", "fp32"]
+from autotune.setting import DEFAULT_BUCKET_ELEMENTS, TWO_LAYERS
 
-_DEFAULT_BUCKET_ELEMENTS = 500_000_000
+Precision = Literal["bf16", "fp16", "fp32"]
 
 COMPUTE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -183,6 +183,8 @@ class ModelProfile:
     Attributes:
         trained_sizes: elements of each parameter that is trained, in the order of the model.
         frozen_sizes: the same of the others.
+        attention: of `traces`.
+        other_attentions: further attention implementations, each with traces of its own.
     """
 
     architecture: str
@@ -199,22 +201,36 @@ class ModelProfile:
     attention: str
     precision: Precision
     traces: tuple[tuple[str, Trace], ...]
+    other_attentions: tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...] = ()
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The attention implementations that were traced, the one of `traces` first."""
+        return (self.attention, *(name for name, _ in self.other_attentions))
 
     @property
     def bucket_elements(self) -> int:
-        """What DeepSpeed is to communicate at once, and keeps a buffer for.
+        """What DeepSpeed communicates at once by default: all of a smaller model."""
+        return self.bucket(DEFAULT_BUCKET_ELEMENTS)
 
-        Its own default, or the whole of a smaller model, in an even number, as ZeRO 1 and 2 ask.
-        """
-        return min(_DEFAULT_BUCKET_ELEMENTS, 2 * -(-self.trainable_parameters // 2))
+    def bucket(self, asked: int) -> int:
+        """Return a bucket no longer than the model, in an even number, as ZeRO 1 and 2 ask."""
+        return min(asked, 2 * -(-self.trainable_parameters // 2))
 
-    @property
-    def prefetch_elements(self) -> int:
-        """What ZeRO 3 is to gather ahead: two layers, at most a bucket."""
+    def prefetch(self, asked: int) -> int:
+        """Return what ZeRO 3 is to gather ahead; `TWO_LAYERS` are at most a default bucket."""
+        if asked != TWO_LAYERS:
+            return asked
         return min(self.bucket_elements, 2 * self.largest_layer_parameters)
 
-    def trace(self, checkpointing: str) -> Trace:
-        return dict(self.traces)[checkpointing]
+    def trace(self, checkpointing: str, attention: str | None = None) -> Trace:
+        """Return the trace of one way to run the model, by the attention of `traces` unless told.
+
+        Raises:
+            KeyError: it was not traced.
+        """
+        by_attention = {self.attention: self.traces, **dict(self.other_attentions)}
+        return dict(by_attention[attention or self.attention])[checkpointing]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

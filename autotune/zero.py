@@ -16,9 +16,8 @@ Ints = NDArray[np.int64]
 
 FP32 = 4
 
-PERSISTENCE_THRESHOLD = 100_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
-"""Of the emitted config; the second is its max_reuse_distance too."""
+"""Of the emitted config, and its max_reuse_distance too."""
 
 _ALL_REDUCE_ELEMENTS = 500_000_000
 _SUB_GROUP_ELEMENTS = 1_000_000_000
@@ -36,14 +35,15 @@ class Shards:
         trained: elements of each trained parameter, in the order of the model.
         frozen: the same of the others.
         bucket: what gradients are reduced in (reduce_bucket_size).
-        prefetched: what stage 3 gathers ahead (stage3_prefetch_bucket_size).
+        persistence: up to how many stage 3 leaves a parameter whole
+            (stage3_param_persistence_threshold).
     """
 
     trained: Ints
     frozen: Ints
     ranks: int
     bucket: int
-    prefetched: int
+    persistence: int
 
     @cached_property
     def elements(self) -> int:
@@ -106,7 +106,7 @@ class Shards:
     @cached_property
     def _persists(self) -> NDArray[np.bool_]:
         every = np.concatenate([self.trained, self.frozen])
-        return np.asarray(every <= PERSISTENCE_THRESHOLD)
+        return np.asarray(every <= self.persistence)
 
     @cached_property
     def persistent(self) -> int:
@@ -137,6 +137,7 @@ class Engine:
         accumulates: whether an update takes more than one micro-step.
         gloo: whether collectives are gloo's, as they are on a CPU.
         offloads: whether the optimizer is in host memory, as gradients are then once reduced.
+        overlaps: whether gradients are reduced beside the backward pass (overlap_comm).
     """
 
     shards: Shards
@@ -145,6 +146,12 @@ class Engine:
     accumulates: bool
     gloo: bool
     offloads: bool = False
+    overlaps: bool = False
+
+    @property
+    def kind(self) -> tuple[int, bool, bool, bool]:
+        """What of it differs between the settings of a job besides the sizes of its shards."""
+        return self.zero_stage, self.accumulates, self.offloads, self.overlaps
 
     @property
     def share(self) -> int:

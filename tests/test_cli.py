@@ -51,6 +51,7 @@ JOB_OPTIONS = DATA_OPTIONS | {
     "--seed",
     "--devices",
     "--device-memory",
+    "--set",
     "--max-probes",
     "--tune-budget",
     "--trust-remote-code",

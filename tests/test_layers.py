@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "autotune"
 
 LAYERS = (
     ("errors", "units"),
-    ("hardware", "workload", "setting", "outcome"),
+    ("hardware", "workload", "setting", "outcome", "knobs"),
     (
         "space",
         "zero",
@@ -37,6 +37,8 @@ LAYERS = (
 
 BESIDE = {
     "outcome": {"setting"},
+    "workload": {"setting"},
+    "knobs": {"setting"},
     "memory": {"space", "zero"},
     "emit": {"zero"},
     "prune": {"space"},

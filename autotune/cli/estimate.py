@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from autotune.cli.options import (
     as_json,
@@ -111,20 +112,48 @@ def command(  # noqa: PLR0913 - the fields of a setting
 
     named = named_hardware(gpus, nodes)
     question = intake.ask(resolve_options(flags, config), named)
-    structure = Structure(
-        zero_stage=zero_stage,
-        offload_optimizer=offload_optimizer,
-        offload_param=offload_param,
-        checkpointing=checkpointing,
-        attention=attention,
-    )
-    document = _estimate(
-        question, _setting(question, structure, micro_batch_size), seq_length, exact
-    )
+    for note in question.notes:
+        click.echo(note, err=True)
+    knobs: dict[str, Any] = {
+        "micro_batch_size": micro_batch_size,
+        "zero_stage": zero_stage,
+        "offload_optimizer": offload_optimizer,
+        "offload_param": offload_param,
+        "checkpointing": checkpointing,
+        "attention": attention,
+    }
+    knobs |= _pinned(question, knobs)
+    micro_batch_size = knobs.pop("micro_batch_size")
+    setting = _setting(question, Structure(**knobs), micro_batch_size)
+    document = _estimate(question, setting, seq_length, exact)
     if as_json:
         echo_json(document)
     else:
         click.echo(estimate_text(document))
+
+
+def _pinned(question: "Question", flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the pins, each to one value, that no flag says otherwise.
+
+    Raises:
+        UsageError: a pin has several values, or another than the flag of the same knob.
+    """
+    source = click.get_current_context().get_parameter_source
+    pinned: dict[str, Any] = {}
+    for knob, values in question.pins.values.items():
+        if len(values) > 1:
+            msg = (
+                f"an estimate is of one setting: pin {knob} to one of {', '.join(map(str, values))}"
+            )
+            raise UsageError(msg)
+        pinned[knob] = values[0]
+        if knob in flags and source(knob) == ParameterSource.COMMANDLINE:
+            if knob in question.pins.where_there:
+                pinned[knob] = flags[knob]
+            elif flags[knob] != values[0]:
+                msg = f"{knob} is {flags[knob]} by its flag and {values[0]} by its pin: drop one"
+                raise UsageError(msg)
+    return pinned
 
 
 def _setting(question: "Question", structure: Structure, micro_batch_size: int) -> Setting:

@@ -234,7 +234,7 @@ class Bench:
             padded=case.padded,
         )
         if case.zero_stage in {1, 2}:
-            request = replace(request, rank=shards_of(profile, case.ranks).worst_rank)
+            request = replace(request, rank=shards_of(profile, case.ranks, structure).worst_rank)
         return request, memory["allocated_bytes"]
 
     def _profile(self, model: Path, case: Case) -> ModelProfile:
