@@ -394,6 +394,13 @@ OPTIONS: tuple[Option, ...] = (
         is_config=True,
     ),
     Option(
+        name="ds_config",
+        parse=_text,
+        default=None,
+        metavar="FILE",
+        help="Your own DeepSpeed config: what it says is kept, but for what is tuned.",
+    ),
+    Option(
         name="max_probes",
         parse=_POSITIVE,
         default=12,
@@ -470,14 +477,23 @@ def resolve(layers: Sequence[Layer]) -> Options:
             # A key without a value says nothing.
             if value is None:
                 continue
-            try:
-                values[option.name] = option.parse(value)
-            except ValueError as error:
-                msg = f"{layer.source}: {key}: {error}"
-                raise ConfigError(msg) from None
+            values[option.name] = read_option(option.name, value, f"{layer.source}: {key}")
             sources[option.name] = layer.source
     _follow_method(values, sources)
     return Options(values=values, sources=sources)
+
+
+def read_option(name: str, value: Any, source: str) -> Any:  # noqa: ANN401 - each its own type
+    """Read one option's value.
+
+    Raises:
+        ConfigError: it cannot be; the text names `source`.
+    """
+    try:
+        return _BY_NAME[name].parse(value)
+    except ValueError as error:
+        msg = f"{source}: {error}"
+        raise ConfigError(msg) from None
 
 
 def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:

@@ -18,8 +18,11 @@ _CHECKPOINTS_A_TRAINING = 4
 def ds_config(
     job: Job, setting: Setting, profile: ModelProfile, cluster: Cluster
 ) -> dict[str, Any]:
-    """Return the DeepSpeed config of a setting, every value literal."""
-    return {
+    """Return the DeepSpeed config of a setting, every value literal.
+
+    What the user's own config says besides is in it as it is, and goes before ours.
+    """
+    ours = {
         "train_batch_size": job.global_batch_size,
         "train_micro_batch_size_per_gpu": setting.micro_batch_size,
         "gradient_accumulation_steps": setting.gradient_accumulation_steps,
@@ -31,6 +34,29 @@ def ds_config(
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+    return _merged(ours, _applicable(job.deepspeed, setting))
+
+
+def _applicable(theirs: dict[str, Any], setting: Setting) -> dict[str, Any]:
+    """Return a user's config without the sections of what the setting does not offload."""
+    if "zero_optimization" not in theirs:
+        return theirs
+    nowhere = [
+        section
+        for section in ("offload_optimizer", "offload_param")
+        if getattr(setting.structure, section) == "none"
+    ]
+    zero = theirs["zero_optimization"]
+    kept = {key: value for key, value in zero.items() if key not in nowhere}
+    return theirs | {"zero_optimization": kept}
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        both = isinstance(value, dict) and isinstance(ours.get(key), dict)
+        merged[key] = _merged(ours[key], value) if both else value
+    return merged
 
 
 def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
@@ -108,6 +134,9 @@ def train_spec(
 
 
 def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str, Any]:
+    # The Trainer refuses what disagrees with the config.
+    theirs = job.deepspeed.get("optimizer", {}).get("params", {})
+    betas = theirs.get("betas", ADAM_BETAS)
     return {
         "output_dir": output_dir,
         "per_device_train_batch_size": setting.micro_batch_size,
@@ -120,9 +149,9 @@ def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str,
         "warmup_steps": job.warmup_ratio,
         "weight_decay": job.weight_decay,
         "max_grad_norm": job.max_grad_norm,
-        "adam_beta1": ADAM_BETAS[0],
-        "adam_beta2": ADAM_BETAS[1],
-        "adam_epsilon": ADAM_EPS,
+        "adam_beta1": betas[0],
+        "adam_beta2": betas[1],
+        "adam_epsilon": theirs.get("eps", ADAM_EPS),
         "bf16": job.precision == "bf16",
         "fp16": job.precision == "fp16",
         "seed": job.seed,

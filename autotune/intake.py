@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,12 @@ from autotune.detect import detect
 from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
-from autotune.errors import ConfigError, UsageError, VirtualRunUnavailableError
+from autotune.errors import (
+    ConfigError,
+    InputMissingError,
+    UsageError,
+    VirtualRunUnavailableError,
+)
 from autotune.hardware import Bench, Cluster, DeviceKind, Rates
 from autotune.knobs import NO_PINS, Pins
 from autotune.memory import shards_of
@@ -41,6 +46,7 @@ from autotune.space import (
 )
 from autotune.throughput import Ints
 from autotune.units import MIB, format_count
+from autotune.user_config import read_user_config
 from autotune.workload import DatasetProfile, Job, Lora, ModelProfile
 
 if TYPE_CHECKING:
@@ -75,6 +81,7 @@ class Question:
     """What is asked for, where it would run, and the name of the answer.
 
     Attributes:
+        deepspeed: what the user's own DeepSpeed config says besides options and pins.
         notes: what was decided about what is asked that its asker should know of.
     """
 
@@ -86,6 +93,7 @@ class Question:
     dataset: tuple[Source, ...]
     fingerprint: str
     pins: Pins = NO_PINS
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -113,6 +121,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         AutotuneError: one of them is not there or cannot be used.
     """
     source = find_model(options["model"])
+    options, pins, kept, notes = _with_user_config(options)
     if options["method"] == "full":
         # What a model recommends is for training all of it.
         options = options.recommended(source.recommended, source.name)
@@ -123,7 +132,6 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         cluster = named_cluster(named.gpus, named.nodes, options["device_memory"])
     # Only asked for its refusal, before minutes are spent on model and data.
     micro_batch_sizes(options["global_batch_size"], cluster.num_devices)
-    pins = Pins.of(options["set"] or {})
     facts = {
         "model": source.content_hash(),
         "dataset": [(content_hash(source.path), source.weight) for source in dataset],
@@ -132,9 +140,11 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         "options": {
             name: value
             for name, value in options.values.items()
-            if name not in ("model", "dataset", "run_dir")
+            if name not in ("model", "dataset", "run_dir", "ds_config")
         },
     }
+    if kept:
+        facts["deepspeed"] = kept
     text = json.dumps(facts, sort_keys=True)
     return Question(
         named=named,
@@ -144,7 +154,31 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         dataset=dataset,
         fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         pins=pins,
+        deepspeed=kept,
+        notes=notes,
     )
+
+
+def _with_user_config(options: Options) -> tuple[Options, Pins, dict[str, Any], tuple[str, ...]]:
+    """Return options and pins with what the user's DeepSpeed config says, its rest, and notes.
+
+    Raises:
+        InputMissingError: the file cannot be read.
+        ConfigError: it is no DeepSpeed config.
+    """
+    pins, name = Pins.of(options["set"] or {}), options["ds_config"]
+    if name is None:
+        return options, pins, {}, ()
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        msg = f"the DeepSpeed config {name} cannot be read: {error.strerror}"
+        raise InputMissingError(msg) from None
+    except UnicodeDecodeError:
+        msg = f"{name} is not JSON: it is not UTF-8"
+        raise ConfigError(msg) from None
+    user = read_user_config(text, name, options, pins)
+    return user.options, user.pins, user.kept, user.notes
 
 
 def start_processes(question: Question) -> None:
@@ -262,7 +296,8 @@ def _look_at_model(
         format_count(profile.parameters),
         precision,
     )
-    return _Model(job=_job(options, source, precision, limit), profile=profile)
+    job = _job(options, source, precision, limit)
+    return _Model(job=replace(job, deepspeed=question.deepspeed), profile=profile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from autotune.setting import FLASH_ATTENTION, TWO_LAYERS, ZERO_STAGES, checkpointing_period
+from autotune.setting import BY_MODEL, FLASH_ATTENTION, ZERO_STAGES, checkpointing_period
 
 Value = bool | int | str
 
@@ -58,12 +58,20 @@ def _checkpointing(text: str) -> str:
     return text
 
 
-def _prefetched(text: str) -> int:
-    return TWO_LAYERS if text in {"auto", str(TWO_LAYERS)} else _whole(0)(text)
+def _elements(smallest: int, multiple: int = 1) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if text in {"auto", str(BY_MODEL)}:
+            return BY_MODEL
+        elements = _whole(smallest)(text)
+        if elements % multiple:
+            raise ValueError(text)
+        return elements
+
+    return read
 
 
 _SHARDED = ZERO_STAGES[1:]
-_ELEMENTS = "a whole number of elements above zero"
+_ELEMENTS = "a whole number of elements, or auto to have it follow from the model"
 
 KNOBS: tuple[Knob, ...] = (
     Knob(MICRO_BATCH_SIZE, _whole(1), "a whole number of rows"),
@@ -77,14 +85,10 @@ KNOBS: tuple[Knob, ...] = (
         f"sdpa, eager, {FLASH_ATTENTION}",
     ),
     Knob("overlap_comm", _truth, "true, false", _SHARDED),
-    Knob("reduce_bucket_size", _whole(1), _ELEMENTS, _SHARDED),
-    Knob("allgather_bucket_size", _whole(1), _ELEMENTS, (1, 2)),
-    Knob(
-        "stage3_prefetch_bucket_size",
-        _prefetched,
-        "a whole number of elements, or auto for two layers",
-        (3,),
-    ),
+    Knob("reduce_bucket_size", _elements(1), _ELEMENTS, _SHARDED),
+    # The alignment of stage_1_and_2.py for half precision.
+    Knob("allgather_bucket_size", _elements(2, 2), f"even, {_ELEMENTS}", (1, 2)),
+    Knob("stage3_prefetch_bucket_size", _elements(0), _ELEMENTS, (3,)),
     Knob("stage3_param_persistence_threshold", _whole(0), "a whole number of elements", (3,)),
 )
 """Every knob that can be pinned; a test holds them against the fields of Structure."""

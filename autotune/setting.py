@@ -10,12 +10,11 @@ Offload = Literal["none", "cpu", "nvme"]
 ZERO_STAGES = (0, 1, 2, 3)
 FLASH_ATTENTION = "flash_attention_2"
 
-DEFAULT_BUCKET_ELEMENTS = 500_000_000
-DEFAULT_PERSISTENCE_THRESHOLD = 100_000
-"""DeepSpeed's own: of both buckets, and of stage3_param_persistence_threshold."""
+BY_MODEL = -1
+"""A bucket whose length follows from the model."""
 
-TWO_LAYERS = -1
-"""A prefetch bucket that is as long as two layers of the model."""
+DEFAULT_PERSISTENCE_THRESHOLD = 100_000
+"""DeepSpeed's own stage3_param_persistence_threshold."""
 
 THREADS_DETECTED = 0
 """As many threads a rank as the cluster says."""
@@ -53,9 +52,10 @@ class Structure:
     Attributes:
         overlap_comm: whether gradients are reduced beside the backward pass; unless it is said,
             what DeepSpeed does: at stage 3 alone.
-        reduce_bucket_size: elements of gradients that are reduced at once, at most all of them.
-        allgather_bucket_size: elements of weights that stages 1 and 2 gather at once, at most all.
-        stage3_prefetch_bucket_size: elements that stage 3 gathers ahead; `TWO_LAYERS` is so many.
+        reduce_bucket_size: elements of gradients that are reduced at once; `BY_MODEL` is
+            DeepSpeed's default, or all of a smaller model.
+        allgather_bucket_size: elements of weights that stages 1 and 2 gather at once, likewise.
+        stage3_prefetch_bucket_size: elements that stage 3 gathers ahead; `BY_MODEL` is two layers.
         stage3_param_persistence_threshold: elements up to which stage 3 leaves a parameter whole.
         threads_per_rank: of a rank on a CPU; `THREADS_DETECTED` leaves it to the cluster.
     """
@@ -67,9 +67,9 @@ class Structure:
     attention: str = "sdpa"
     sampling: str = "random"
     overlap_comm: bool = field(default=None)  # type: ignore[assignment] # set before it is read
-    reduce_bucket_size: int = DEFAULT_BUCKET_ELEMENTS
-    allgather_bucket_size: int = DEFAULT_BUCKET_ELEMENTS
-    stage3_prefetch_bucket_size: int = TWO_LAYERS
+    reduce_bucket_size: int = BY_MODEL
+    allgather_bucket_size: int = BY_MODEL
+    stage3_prefetch_bucket_size: int = BY_MODEL
     stage3_param_persistence_threshold: int = DEFAULT_PERSISTENCE_THRESHOLD
     threads_per_rank: int = THREADS_DETECTED
 

@@ -1,11 +1,13 @@
 """What is to be trained: the job, its data in figures, its model in figures."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from autotune.setting import DEFAULT_BUCKET_ELEMENTS, TWO_LAYERS
+from autotune.setting import BY_MODEL
 
 Precision = Literal["bf16", "fp16", "fp32"]
+
+_DEFAULT_BUCKET_ELEMENTS = 500_000_000
 
 COMPUTE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -41,6 +43,7 @@ class Job:
 
     `model_dir` holds config.json and the tokenizer, and weights unless `from_scratch`. There is a
     `lora` where the method is that one; `merge` adds its adapters to the weights in the end.
+    `deepspeed` is what the user's own DeepSpeed config says besides the rest.
     """
 
     model: str
@@ -61,6 +64,7 @@ class Job:
     seed: int
     lora: Lora | None = None
     merge: bool = False
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compute_bytes(self) -> int:
@@ -210,16 +214,19 @@ class ModelProfile:
 
     @property
     def bucket_elements(self) -> int:
-        """What DeepSpeed communicates at once by default: all of a smaller model."""
-        return self.bucket(DEFAULT_BUCKET_ELEMENTS)
+        """What DeepSpeed is to communicate at once, and keeps a buffer for.
+
+        Its own default, or the whole of a smaller model, in an even number, as ZeRO 1 and 2 ask.
+        """
+        return min(_DEFAULT_BUCKET_ELEMENTS, 2 * -(-self.trainable_parameters // 2))
 
     def bucket(self, asked: int) -> int:
-        """Return a bucket no longer than the model, in an even number, as ZeRO 1 and 2 ask."""
-        return min(asked, 2 * -(-self.trainable_parameters // 2))
+        """Return what is asked for; `BY_MODEL` is `bucket_elements`."""
+        return self.bucket_elements if asked == BY_MODEL else asked
 
     def prefetch(self, asked: int) -> int:
-        """Return what ZeRO 3 is to gather ahead; `TWO_LAYERS` are at most a default bucket."""
-        if asked != TWO_LAYERS:
+        """Return what ZeRO 3 is to gather ahead; `BY_MODEL` is two layers, at most a bucket."""
+        if asked != BY_MODEL:
             return asked
         return min(self.bucket_elements, 2 * self.largest_layer_parameters)
 

@@ -52,6 +52,7 @@ JOB_OPTIONS = DATA_OPTIONS | {
     "--devices",
     "--device-memory",
     "--set",
+    "--ds-config",
     "--max-probes",
     "--tune-budget",
     "--trust-remote-code",

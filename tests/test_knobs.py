@@ -16,7 +16,7 @@ from autotune.config import Layer, resolve
 from autotune.errors import ConfigError
 from autotune.hardware import Cluster
 from autotune.knobs import KNOBS, MICRO_BATCH_SIZE, Pins, Value, read_pins
-from autotune.setting import TWO_LAYERS, Structure
+from autotune.setting import BY_MODEL, Structure
 from autotune.space import Space, enumerate_space
 
 TWO_GPUS = make_cluster(gpus=2)
@@ -57,7 +57,7 @@ def test_what_yaml_reads_as_a_truth_is_one() -> None:
 
 def test_a_prefetch_bucket_can_be_left_to_the_model() -> None:
     key = "stage3_prefetch_bucket_size"
-    assert read_pins(f"{key}=auto,0") == {key: [TWO_LAYERS, 0]}
+    assert read_pins(f"{key}=auto,0") == {key: [BY_MODEL, 0]}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,8 @@ def test_a_prefetch_bucket_can_be_left_to_the_model() -> None:
         ("zero_stage=two", "0, 1, 2, 3"),
         ("checkpointing=every-1", "every-2"),
         ("attention=flash", "flash_attention_2"),
-        ("reduce_bucket_size=0", "above zero"),
+        ("reduce_bucket_size=0", "auto"),
+        ("allgather_bucket_size=3", "even"),
         ("reduce_bucket_size=1e6", "whole number"),
         ("overlap_comm=maybe", "true, false"),
         ("offload_optimizer=", "none, cpu"),
