@@ -47,6 +47,7 @@ from autotune.space import (
 from autotune.throughput import Ints
 from autotune.units import MIB, format_count
 from autotune.user_config import read_user_config
+from autotune.variants import with_frugal, with_overlap
 from autotune.workload import DatasetProfile, Job, Lora, ModelProfile
 
 if TYPE_CHECKING:
@@ -352,7 +353,12 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
         checkpointing_modes=tuple(mode for mode, _ in profile.traces),
         pins=question.pins,
     )
-    plan = make_plan(space, profile, job, cluster, rates, data.lengths)
+
+    def estimate(space: Space) -> Plan:
+        return make_plan(space, profile, job, cluster, rates, data.lengths)
+
+    plan = with_overlap(estimate(space), estimate, cluster, question.pins)
+    plan = with_frugal(plan, estimate, profile, question.pins)
     if "checkpointing" not in question.pins and plan.has_place_between():
         plan = with_partial_checkpointing(plan, PARTIAL_CHECKPOINTING, profile.num_layers)
     return Workload(

@@ -138,12 +138,12 @@ _STRUCTURAL = tuple(
 def _offered(cluster: Cluster, zero_stage: int) -> dict[str, tuple[Value, ...]]:
     """Return the values that a search has of knobs which it turns wherever a stage has them.
 
-    Only another memory than the device's is worth offloading to.
+    Only another memory than the device's is worth offloading to. What may win only under a
+    condition is added where it holds: see variants.py.
     """
-    sharded = zero_stage >= 1
-    return {
-        "offload_optimizer": ("none", "cpu") if cluster.has_separate_memory and sharded else (),
-    }
+    if not cluster.has_separate_memory or zero_stage < 1:
+        return {}
+    return {"offload_optimizer": ("none", "cpu")}
 
 
 def _choices(
