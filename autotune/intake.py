@@ -48,7 +48,7 @@ from autotune.throughput import Ints
 from autotune.units import MIB, format_count
 from autotune.user_config import read_user_config
 from autotune.variants import with_frugal, with_overlap
-from autotune.workload import DatasetProfile, Job, Lora, ModelProfile
+from autotune.workload import DatasetProfile, Job, Lora, ModelProfile, Trace
 
 if TYPE_CHECKING:
     from autotune.dataset.making import Example
@@ -269,26 +269,27 @@ def _look_at_model(
 ) -> _Model:
     options, source, pins = question.options, question.source, question.pins
     precision = choose_precision(options["precision"], question.cluster)
-    for name in pins.get("attention", ()):
-        _require_attention(str(name), question)
-    attentions = list(map(str, pins.get("attention", (attention,))))
     checkpointing = tuple(map(str, pins.get("checkpointing", checkpointing)))
-    first, *others = [
-        _profile(
+
+    def traced(attention: str) -> ModelProfile:
+        return _profile(
             options,
             source,
             precision,
             question.cluster.kind,
             logs,
-            attention=name,
+            attention=attention,
             padded=bool(question.dataset),
             checkpointing=checkpointing,
         )
-        for name in attentions
-    ]
-    profile = replace(
-        first, other_attentions=tuple((other.attention, other.traces) for other in others)
-    )
+
+    for name in pins.get("attention", ()):
+        _require_attention(str(name), question)
+    first, *pinned = map(traced, map(str, pins.get("attention", (attention,))))
+    others = tuple((other.attention, other.traces) for other in pinned)
+    if attention == "auto" and "attention" not in pins and flash_runs(question):
+        others = _traces_if_there(traced, FLASH_ATTENTION)
+    profile = replace(first, other_attentions=others)
     limit = _within("--max-seq-length", options["max_seq_length"], profile.max_position_embeddings)
     _log.info(
         "model %s: %s, %s parameters, %s",
@@ -399,6 +400,27 @@ def choose_precision(asked: str, cluster: Cluster) -> Any:  # noqa: ANN401 - a P
     return "bf16" if capable else "fp16"
 
 
+def _traces_if_there(
+    traced: Callable[[str], ModelProfile], attention: str
+) -> tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...]:
+    """Trace a model with another attention too; nothing if it does not have it."""
+    try:
+        return ((attention, traced(attention).traces),)
+    except ConfigError as error:
+        _log.info("%s is not tried: %s", attention, error)
+        return ()
+
+
+def flash_runs(question: Question) -> bool:
+    """Tell whether FlashAttention's own package is installed here and its kernel can be used.
+
+    Of packed rows only sdpa and eager are known to keep apart what shares a row.
+    """
+    if question.named is not None or question.options["packing"]:
+        return False
+    return _why_not_flash(question) is None
+
+
 def _require_attention(attention: str, question: Question) -> None:
     """Refuse FlashAttention's own package where its kernel does not run, or is not there to run.
 
@@ -406,22 +428,24 @@ def _require_attention(attention: str, question: Question) -> None:
         ConfigError: the devices are no GPUs or too old, the precision has more than 16 bits, or the
             package is missing on devices that are here.
     """
-    if attention != FLASH_ATTENTION:
-        return
+    if attention == FLASH_ATTENTION and (reason := _why_not_flash(question)) is not None:
+        msg = f"attention {FLASH_ATTENTION} {reason}, or use sdpa"
+        raise ConfigError(msg)
+
+
+def _why_not_flash(question: Question) -> str | None:
+    """Say what FlashAttention's package lacks, and how to help it; None if it lacks nothing."""
     cluster = question.cluster
     precision = choose_precision(question.options["precision"], cluster)
     if not cluster.has_separate_memory:
-        what = "needs GPUs: name some with --gpus"
-    elif cluster.compute_capability is not None and cluster.compute_capability < _BF16_CAPABILITY:
-        what = "needs GPUs of compute capability 8.0 or more"
-    elif precision == "fp32":
-        what = "computes in bf16 or fp16: choose one with --precision"
-    elif question.named is None and importlib.util.find_spec("flash_attn") is None:
-        what = "needs the package flash-attn, which is not installed: install it"
-    else:
-        return
-    msg = f"attention {FLASH_ATTENTION} {what}, or use sdpa"
-    raise ConfigError(msg)
+        return "needs GPUs: name some with --gpus"
+    if cluster.compute_capability is not None and cluster.compute_capability < _BF16_CAPABILITY:
+        return "needs GPUs of compute capability 8.0 or more"
+    if precision == "fp32":
+        return "computes in bf16 or fp16: choose one with --precision"
+    if question.named is None and importlib.util.find_spec("flash_attn") is None:
+        return "needs the package flash-attn, which is not installed: install it"
+    return None
 
 
 def _within(flag: str, asked: int | None, limit: int) -> int:

@@ -90,6 +90,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("allgather_bucket_size", _elements(2, 2), f"even, {_ELEMENTS}", (1, 2)),
     Knob("stage3_prefetch_bucket_size", _elements(0), _ELEMENTS, (3,)),
     Knob("stage3_param_persistence_threshold", _whole(0), "a whole number of elements", (3,)),
+    Knob("threads_per_rank", _whole(1), "a whole number of threads"),
 )
 """Every knob that can be pinned; a test holds them against the fields of Structure."""
 

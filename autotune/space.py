@@ -169,6 +169,8 @@ def _has(cluster: Cluster, zero_stage: int, knob: str) -> bool:
     """Tell whether a knob can be turned at a stage."""
     if knob.startswith("offload_") and not cluster.has_separate_memory:
         return False
+    if knob == "threads_per_rank" and cluster.has_separate_memory:
+        return False
     return zero_stage in BY_NAME[knob].stages
 
 
@@ -188,6 +190,8 @@ def _why_nothing_is_left(
             reasons.append(f"of {name} this model has {has} here")
         elif name.startswith("offload_") and not cluster.has_separate_memory:
             reasons.append(f"{name} needs GPUs, with a memory beside the host's")
+        elif name == "threads_per_rank" and cluster.has_separate_memory:
+            reasons.append(f"{name} is of ranks on a CPU")
         elif knob.stages != ZERO_STAGES:
             reasons.append(f"{name} is of ZeRO {', '.join(map(str, knob.stages))}")
     because = "; ".join(reasons)

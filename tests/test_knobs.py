@@ -1,13 +1,15 @@
 """Pins: what a user may say of knobs, and what it leaves of the space."""
 
 import json
-from dataclasses import fields
+import re
+import shlex
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import autotune
+from conftest import REPOSITORY, autotune
 from hypothesis import given
 from hypothesis import strategies as st
 from records import make_cluster
@@ -15,7 +17,9 @@ from records import make_cluster
 from autotune.config import Layer, resolve
 from autotune.errors import ConfigError
 from autotune.hardware import Cluster
+from autotune.intake import NamedHardware, Question, flash_runs
 from autotune.knobs import KNOBS, MICRO_BATCH_SIZE, Pins, Value, read_pins
+from autotune.model_source import find_model
 from autotune.setting import BY_MODEL, Structure
 from autotune.space import Space, enumerate_space
 
@@ -143,13 +147,70 @@ def test_pins_that_leave_nothing_are_refused_with_why(
     assert "\n" not in str(refused.value)
 
 
+def test_threads_are_of_ranks_on_a_cpu() -> None:
+    pins: dict[str, list[Value]] = {"threads_per_rank": [1, 3]}
+    space = space_with(pins, cluster=make_cluster())
+    assert values_of(space, "threads_per_rank") == {1, 3}
+    with pytest.raises(ConfigError, match="ranks on a CPU"):
+        space_with(pins)
+
+
+def question_of(
+    cluster: Cluster, precision: str = "auto", *, named: bool = False, packing: bool = False
+) -> Question:
+    return Question(
+        named=NamedHardware(gpus=()) if named else None,
+        options=resolve([Layer("a test", {"precision": precision, "packing": packing})]),
+        cluster=cluster,
+        source=find_model("builtin:glm-tiny"),
+        dataset=(),
+        fingerprint="",
+    )
+
+
+def test_flash_attention_is_tried_only_where_its_package_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not flash_runs(question_of(TWO_GPUS)), "the package is not installed here"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert flash_runs(question_of(TWO_GPUS))
+    assert not flash_runs(question_of(TWO_GPUS, "fp32"))
+    assert not flash_runs(question_of(make_cluster()))
+    assert not flash_runs(question_of(TWO_GPUS, named=True))
+    assert not flash_runs(question_of(TWO_GPUS, packing=True))
+    assert not flash_runs(question_of(replace(TWO_GPUS, compute_capability=(7, 5))))
+
+
+def test_a_plan_can_have_several_attentions(tmp_path: Path) -> None:
+    pins = ("--set", "attention=sdpa,eager,flash_attention_2", "--set", "zero_stage=0")
+    done = autotune("plan", "--all", *pins, *PLAN, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    bytes_of: dict[str, int] = {}
+    for entry in json.loads(done.stdout)["settings"]:
+        setting = entry["setting"]
+        if (setting["micro_batch_size"], setting["checkpointing"]) == (4, "none"):
+            bytes_of[setting["attention"]] = entry["memory"]["activations_bytes"]
+    assert bytes_of.keys() == {"sdpa", "eager", "flash_attention_2"}
+    # Eager attention keeps scores and probabilities of every pair of tokens.
+    assert bytes_of["eager"] > bytes_of["sdpa"]
+    assert bytes_of["eager"] > bytes_of["flash_attention_2"]
+
+
 def test_a_cpu_has_nowhere_to_offload_to() -> None:
     with pytest.raises(ConfigError, match="needs GPUs"):
         space_with({"offload_optimizer": ["cpu"]}, cluster=make_cluster())
     space_with({"offload_optimizer": ["none"]}, cluster=make_cluster())
 
 
-PLAN = ("--gpus", "2xA100-80GB", "--seq-length", 64, "--global-batch-size", 16, "--json")
+PLAN: tuple[object, ...] = (
+    "--gpus",
+    "2xA100-80GB",
+    "--seq-length",
+    64,
+    "--global-batch-size",
+    16,
+    "--json",
+)
 
 
 def test_a_plan_keeps_to_its_pins_and_says_them(tmp_path: Path) -> None:
@@ -190,3 +251,29 @@ def test_a_refusal_is_one_sentence(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+DOCUMENT = (REPOSITORY / "docs" / "knobs.md").read_text()
+
+
+def test_the_document_has_a_row_for_every_knob() -> None:
+    rows = set(re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE))
+    assert rows == {knob.name for knob in KNOBS}
+
+
+def test_the_documents_yaml_is_read() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    assert resolve([Layer("knobs.md", yaml.safe_load(block))])["set"] == {
+        "checkpointing": ["every-3"],
+        "reduce_bucket_size": [20_000_000],
+        "zero_stage": [2, 3],
+    }
+
+
+def test_the_documents_command_runs(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^    autotune (plan .*)$", DOCUMENT, re.MULTILINE)
+    done = autotune(*shlex.split(line), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = [row for row in done.stdout.splitlines() if re.match("[0-3] ", row)]
+    assert {row[0] for row in table} <= {"2", "3"}
+    assert any(row.startswith("2") and "overlap" in row for row in table)

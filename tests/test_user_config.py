@@ -223,3 +223,37 @@ def test_a_file_that_cannot_be_read_has_its_exit_code(
     done = autotune(*ESTIMATE, "ds.json", cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_trains_with_what_a_file_became(tmp_path: Path, short_rows: Path) -> None:
+    theirs: dict[str, Any] = {
+        "train_batch_size": 16,
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": True,
+            "reduce_bucket_size": 500_000,
+            "round_robin_gradients": True,
+        },
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95]}},
+        "key_of_a_later_version": 1,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(theirs))
+    pins = ("--set", "micro_batch_size=4", "--set", "checkpointing=none")
+    job = ("run", "--dataset", short_rows, "--devices", 2, "--max-steps", 2, "--run-dir", "run")
+    done = autotune(*job, "--ds-config", "ds.json", *pins, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["exit_reason"] == "trained"
+    assert result["setting"]["micro_batch_size"] == 4
+    assert result["setting"]["overlap_comm"] is True
+    config = json.loads((tmp_path / "run" / "ds_config.json").read_text())
+    assert config["key_of_a_later_version"] == 1
+    assert config["train_batch_size"] == 16
+    assert config["optimizer"]["params"]["betas"] == [0.9, 0.95]
+    zero = config["zero_optimization"]
+    assert theirs["zero_optimization"].items() <= zero.items()
+    again = autotune("train", "run", "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["exit_reason"] == "trained"

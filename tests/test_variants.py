@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from records import LENGTHS, RATES, make_cluster, make_job, make_profile
 
 from autotune.hardware import Cluster
