@@ -224,6 +224,14 @@ def test_a_plan_keeps_to_its_pins_and_says_them(tmp_path: Path) -> None:
     assert {one["checkpointing"] for one in settings} == {"every-3"}
 
 
+def test_what_does_not_fit_is_told_of_pinned_checkpointing_too(tmp_path: Path) -> None:
+    large = ("--gpus", "1xRTX3090-24GB", "--seq-length", 2048, "--model", "llama-3-8b", "--json")
+    done = autotune("plan", "--set", "checkpointing=every-3", *large, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    misses = json.loads(done.stdout)["near_misses"]
+    assert {miss["setting"]["checkpointing"] for miss in misses} == {"every-3"}
+
+
 def test_an_estimate_takes_pins_for_its_setting(tmp_path: Path) -> None:
     estimate = ("estimate", *PLAN, "--zero-stage", 2)
     done = autotune(*estimate, "--set", "reduce_bucket_size=100000", cwd=tmp_path)
@@ -240,6 +248,7 @@ def test_an_estimate_takes_pins_for_its_setting(tmp_path: Path) -> None:
         (("plan", "--set", "offload_optimizer=cpu", "--set", "zero_stage=0"), 78, "leave no"),
         (("plan", "--set", "attention=flash_attention_2", "--precision", "fp32"), 78, "bf16"),
         (("estimate", "--set", "zero_stage=1,2"), 2, "one setting"),
+        (("estimate", "--set", "overlap_comm=true"), 2, "--zero-stage"),
         (("estimate", "--set", "zero_stage=1", "--zero-stage", 2), 2, "drop one"),
     ],
 )

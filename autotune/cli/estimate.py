@@ -133,26 +133,33 @@ def command(  # noqa: PLR0913 - the fields of a setting
 
 
 def _pinned(question: "Question", flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the pins, each to one value, that no flag says otherwise.
+    """Return the pins that the stage has, each to one value.
 
     Raises:
-        UsageError: a pin has several values, or another than the flag of the same knob.
+        UsageError: a pin has several values, another than the flag of the same knob, or is of other
+            stages.
     """
+    from autotune.knobs import BY_NAME, as_text
+
     source = click.get_current_context().get_parameter_source
     pinned: dict[str, Any] = {}
     for knob, values in question.pins.values.items():
         if len(values) > 1:
-            msg = (
-                f"an estimate is of one setting: pin {knob} to one of {', '.join(map(str, values))}"
-            )
+            several = ", ".join(map(as_text, values))
+            msg = f"an estimate is of one setting: pin {knob} to one of {several}"
             raise UsageError(msg)
         pinned[knob] = values[0]
-        if knob in flags and source(knob) == ParameterSource.COMMANDLINE:
-            if knob in question.pins.where_there:
-                pinned[knob] = flags[knob]
-            elif flags[knob] != values[0]:
-                msg = f"{knob} is {flags[knob]} by its flag and {values[0]} by its pin: drop one"
-                raise UsageError(msg)
+        given = knob in flags and source(knob) == ParameterSource.COMMANDLINE
+        if given and flags[knob] != values[0]:
+            msg = f"{knob} is {flags[knob]} by its flag and {values[0]} by its pin: drop one"
+            raise UsageError(msg)
+    stage = pinned.get("zero_stage", flags["zero_stage"])
+    for knob in [name for name in pinned if stage not in BY_NAME[name].stages]:
+        value = pinned.pop(knob)
+        if knob not in question.pins.where_there and value != "none":
+            stages = ", ".join(map(str, BY_NAME[knob].stages))
+            msg = f"{knob} is of ZeRO {stages}: choose one with --zero-stage"
+            raise UsageError(msg)
     return pinned
 
 
