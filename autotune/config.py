@@ -7,6 +7,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from autotune.errors import ConfigError
+from autotune.knobs import KNOBS, read_pins
 from autotune.units import parse_bytes, parse_duration
 from autotune.workload import ALL_LINEAR
 
@@ -165,7 +166,8 @@ class Option:
     """An option of the command line and key of the configuration file.
 
     `default` is what holds if nobody says anything; None means that it follows from other facts.
-    With `multiple` the flag may be repeated.
+    With `multiple` the flag may be repeated. With `is_config` a value that cannot be is a
+    ConfigError on the command line too.
     """
 
     name: str
@@ -174,6 +176,7 @@ class Option:
     metavar: str
     help: str
     multiple: bool = False
+    is_config: bool = False
 
     @property
     def flag(self) -> str:
@@ -390,6 +393,23 @@ OPTIONS: tuple[Option, ...] = (
         help="Memory of a device that may be used, for instance 2GiB; enforced [all that is free].",
     ),
     Option(
+        name="set",
+        parse=read_pins,
+        default=None,
+        metavar="KNOB=VALUE[,VALUE...]",
+        help="Values that a knob may have, in place of those that the search would try: "
+        f"{', '.join(knob.name for knob in KNOBS)}. May be repeated.",
+        multiple=True,
+        is_config=True,
+    ),
+    Option(
+        name="ds_config",
+        parse=_text,
+        default=None,
+        metavar="FILE",
+        help="Your own DeepSpeed config: what it says is kept, but for what is tuned.",
+    ),
+    Option(
         name="max_probes",
         parse=_POSITIVE,
         default=12,
@@ -481,14 +501,23 @@ def resolve(layers: Sequence[Layer]) -> Options:
             # A key without a value says nothing.
             if value is None:
                 continue
-            try:
-                values[option.name] = option.parse(value)
-            except ValueError as error:
-                msg = f"{layer.source}: {key}: {error}"
-                raise ConfigError(msg) from None
+            values[option.name] = read_option(option.name, value, f"{layer.source}: {key}")
             sources[option.name] = layer.source
     _follow_method(values, sources)
     return Options(values=values, sources=sources)
+
+
+def read_option(name: str, value: Any, source: str) -> Any:  # noqa: ANN401 - each its own type
+    """Read one option's value.
+
+    Raises:
+        ConfigError: it cannot be; the text names `source`.
+    """
+    try:
+        return _BY_NAME[name].parse(value)
+    except ValueError as error:
+        msg = f"{source}: {error}"
+        raise ConfigError(msg) from None
 
 
 def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:

@@ -144,6 +144,7 @@ def plan_document(
         "model": _model(workload),
         "cluster": asdict(cluster),
         "job": asdict(workload.job),
+        "pins": {name: list(values) for name, values in workload.question.pins.values.items()},
         "rows": {
             "longest": longest,
             "mean": float(workload.lengths.mean()),

@@ -7,7 +7,7 @@ from typing import Any
 from autotune.hardware import Cluster
 from autotune.setting import Setting
 from autotune.workload import Job, ModelProfile, TrainSpec
-from autotune.zero import MAX_LIVE_PARAMETERS, PERSISTENCE_THRESHOLD
+from autotune.zero import MAX_LIVE_PARAMETERS
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -18,8 +18,11 @@ _CHECKPOINTS_A_TRAINING = 4
 def ds_config(
     job: Job, setting: Setting, profile: ModelProfile, cluster: Cluster
 ) -> dict[str, Any]:
-    """Return the DeepSpeed config of a setting, every value literal."""
-    return {
+    """Return the DeepSpeed config of a setting, every value literal.
+
+    What the user's own config says besides is in it as it is, and goes before ours.
+    """
+    ours = {
         "train_batch_size": job.global_batch_size,
         "train_micro_batch_size_per_gpu": setting.micro_batch_size,
         "gradient_accumulation_steps": setting.gradient_accumulation_steps,
@@ -31,6 +34,29 @@ def ds_config(
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+    return _merged(ours, _applicable(job.deepspeed, setting))
+
+
+def _applicable(theirs: dict[str, Any], setting: Setting) -> dict[str, Any]:
+    """Return a user's config without the sections of what the setting does not offload."""
+    if "zero_optimization" not in theirs:
+        return theirs
+    nowhere = [
+        section
+        for section in ("offload_optimizer", "offload_param")
+        if getattr(setting.structure, section) == "none"
+    ]
+    zero = theirs["zero_optimization"]
+    kept = {key: value for key, value in zero.items() if key not in nowhere}
+    return theirs | {"zero_optimization": kept}
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        both = isinstance(value, dict) and isinstance(ours.get(key), dict)
+        merged[key] = _merged(ours[key], value) if both else value
+    return merged
 
 
 def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
@@ -52,24 +78,26 @@ def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
 
 def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
     structure = setting.structure
-    bucket = profile.bucket_elements
     zero: dict[str, Any] = {"stage": structure.zero_stage}
     if structure.zero_stage == 0:
         return zero
     zero |= {
         "contiguous_gradients": True,
-        "overlap_comm": structure.zero_stage == 3,  # noqa: PLR2004 - a ZeRO stage
-        "reduce_bucket_size": bucket,
+        "overlap_comm": structure.overlap_comm,
+        "reduce_bucket_size": profile.bucket(structure.reduce_bucket_size),
     }
     if structure.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": structure.offload_optimizer, "pin_memory": True}
     if structure.zero_stage < 3:  # noqa: PLR2004 - a ZeRO stage
-        return zero | {"allgather_partitions": True, "allgather_bucket_size": bucket}
+        return zero | {
+            "allgather_partitions": True,
+            "allgather_bucket_size": profile.bucket(structure.allgather_bucket_size),
+        }
     if structure.offload_param != "none":
         zero["offload_param"] = {"device": structure.offload_param, "pin_memory": True}
     return zero | {
-        "stage3_prefetch_bucket_size": profile.prefetch_elements,
-        "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        "stage3_prefetch_bucket_size": profile.prefetch(structure.stage3_prefetch_bucket_size),
+        "stage3_param_persistence_threshold": structure.stage3_param_persistence_threshold,
         "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
         "stage3_max_reuse_distance": MAX_LIVE_PARAMETERS,
         "stage3_gather_16bit_weights_on_model_save": True,
@@ -97,7 +125,7 @@ def train_spec(
         model_output_dir=model_output_dir,
         device_kind=cluster.kind,
         device_memory_bytes=cluster.device_memory_bytes,
-        threads_per_rank=cluster.threads_per_rank,
+        threads_per_rank=setting.structure.threads_per_rank or cluster.threads_per_rank,
         seed=job.seed,
         trainer=_trainer_arguments(job, setting, output_dir),
         lora=job.lora,
@@ -106,6 +134,9 @@ def train_spec(
 
 
 def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str, Any]:
+    # The Trainer refuses what disagrees with the config.
+    theirs = job.deepspeed.get("optimizer", {}).get("params", {})
+    betas = theirs.get("betas", ADAM_BETAS)
     return {
         "output_dir": output_dir,
         "per_device_train_batch_size": setting.micro_batch_size,
@@ -118,9 +149,9 @@ def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str,
         "warmup_steps": job.warmup_ratio,
         "weight_decay": job.weight_decay,
         "max_grad_norm": job.max_grad_norm,
-        "adam_beta1": ADAM_BETAS[0],
-        "adam_beta2": ADAM_BETAS[1],
-        "adam_epsilon": ADAM_EPS,
+        "adam_beta1": betas[0],
+        "adam_beta2": betas[1],
+        "adam_epsilon": theirs.get("eps", ADAM_EPS),
         "bf16": job.precision == "bf16",
         "fp16": job.precision == "fp16",
         "seed": job.seed,

@@ -1,11 +1,12 @@
 """Takes in what is asked: finds model, data and devices, and puts them into figures."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,14 @@ from autotune.detect import detect
 from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
-from autotune.errors import UsageError, VirtualRunUnavailableError
+from autotune.errors import (
+    ConfigError,
+    InputMissingError,
+    UsageError,
+    VirtualRunUnavailableError,
+)
 from autotune.hardware import Bench, Cluster, DeviceKind, Rates
+from autotune.knobs import NO_PINS, Pins
 from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
 from autotune.partial_checkpointing import with_partial_checkpointing
@@ -29,7 +36,7 @@ from autotune.plan import Plan, make_plan
 from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached, read_json, write_json, writing
-from autotune.setting import Setting
+from autotune.setting import FLASH_ATTENTION, Setting
 from autotune.space import (
     CHECKPOINTING_MODES,
     PARTIAL_CHECKPOINTING,
@@ -39,7 +46,9 @@ from autotune.space import (
 )
 from autotune.throughput import Ints
 from autotune.units import MIB, format_count
-from autotune.workload import DatasetProfile, Job, Lora, ModelProfile
+from autotune.user_config import read_user_config
+from autotune.variants import with_frugal, with_overlap
+from autotune.workload import DatasetProfile, Job, Lora, ModelProfile, Trace
 
 if TYPE_CHECKING:
     from autotune.dataset.making import Example
@@ -70,7 +79,12 @@ class NamedHardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked for, where it would run, and the name of the answer."""
+    """What is asked for, where it would run, and the name of the answer.
+
+    Attributes:
+        deepspeed: what the user's own DeepSpeed config says besides options and pins.
+        notes: what was decided about what is asked that its asker should know of.
+    """
 
     named: NamedHardware | None
 
@@ -79,6 +93,9 @@ class Question:
     source: ModelSource
     dataset: tuple[Source, ...]
     fingerprint: str
+    pins: Pins = NO_PINS
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +122,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         AutotuneError: one of them is not there or cannot be used.
     """
     source = find_model(options["model"])
+    options, pins, kept, notes = _with_user_config(options)
     if options["method"] == "full":
         # What a model recommends is for training all of it.
         options = options.recommended(source.recommended, source.name)
@@ -123,9 +141,11 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         "options": {
             name: value
             for name, value in options.values.items()
-            if name not in ("model", "dataset", "run_dir", "no_cache")
+            if name not in ("model", "dataset", "run_dir", "ds_config", "no_cache")
         },
     }
+    if kept:
+        facts["deepspeed"] = kept
     text = json.dumps(facts, sort_keys=True)
     return Question(
         named=named,
@@ -134,7 +154,32 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         source=source,
         dataset=dataset,
         fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        pins=pins,
+        deepspeed=kept,
+        notes=notes,
     )
+
+
+def _with_user_config(options: Options) -> tuple[Options, Pins, dict[str, Any], tuple[str, ...]]:
+    """Return options and pins with what the user's DeepSpeed config says, its rest, and notes.
+
+    Raises:
+        InputMissingError: the file cannot be read.
+        ConfigError: it is no DeepSpeed config.
+    """
+    pins, name = Pins.of(options["set"] or {}), options["ds_config"]
+    if name is None:
+        return options, pins, {}, ()
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        msg = f"the DeepSpeed config {name} cannot be read: {error.strerror}"
+        raise InputMissingError(msg) from None
+    except UnicodeDecodeError:
+        msg = f"{name} is not JSON: it is not UTF-8"
+        raise ConfigError(msg) from None
+    user = read_user_config(text, name, options, pins)
+    return user.options, user.pins, user.kept, user.notes
 
 
 def start_processes(question: Question) -> None:
@@ -169,7 +214,8 @@ def look_into(
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
 
-    Of the checkpointing modes those are tried that the model has.
+    Of the checkpointing modes those are tried that the model has; pins of the question go before
+    what is said here.
 
     Raises:
         UsageError: rows are asked for that are longer than the model takes.
@@ -221,18 +267,29 @@ class _Model:
 def _look_at_model(
     question: Question, attention: str, checkpointing: tuple[str, ...], logs: Path
 ) -> _Model:
-    options, source = question.options, question.source
+    options, source, pins = question.options, question.source, question.pins
     precision = choose_precision(options["precision"], question.cluster)
-    profile = _profile(
-        options,
-        source,
-        precision,
-        question.cluster.kind,
-        logs,
-        attention=attention,
-        padded=bool(question.dataset),
-        checkpointing=checkpointing,
-    )
+    checkpointing = tuple(map(str, pins.get("checkpointing", checkpointing)))
+
+    def traced(attention: str) -> ModelProfile:
+        return _profile(
+            options,
+            source,
+            precision,
+            question.cluster.kind,
+            logs,
+            attention=attention,
+            padded=bool(question.dataset),
+            checkpointing=checkpointing,
+        )
+
+    for name in pins.get("attention", ()):
+        _require_attention(str(name), question)
+    first, *pinned = map(traced, map(str, pins.get("attention", (attention,))))
+    others = tuple((other.attention, other.traces) for other in pinned)
+    if attention == "auto" and "attention" not in pins and flash_runs(question):
+        others = _traces_if_there(traced, FLASH_ATTENTION)
+    profile = replace(first, other_attentions=others)
     limit = _within("--max-seq-length", options["max_seq_length"], profile.max_position_embeddings)
     _log.info(
         "model %s: %s, %s parameters, %s",
@@ -241,7 +298,8 @@ def _look_at_model(
         format_count(profile.parameters),
         precision,
     )
-    return _Model(job=_job(options, source, precision, limit), profile=profile)
+    job = _job(options, source, precision, limit)
+    return _Model(job=replace(job, deepspeed=question.deepspeed), profile=profile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,11 +350,17 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
     space = enumerate_space(
         cluster,
         job.global_batch_size,
-        attention=profile.attention,
+        attentions=profile.attentions,
         checkpointing_modes=tuple(mode for mode, _ in profile.traces),
+        pins=question.pins,
     )
-    plan = make_plan(space, profile, job, cluster, rates, data.lengths)
-    if plan.has_place_between():
+
+    def estimate(space: Space) -> Plan:
+        return make_plan(space, profile, job, cluster, rates, data.lengths)
+
+    plan = with_overlap(estimate(space), estimate, cluster, question.pins)
+    plan = with_frugal(plan, estimate, profile, question.pins)
+    if "checkpointing" not in question.pins and plan.has_place_between():
         plan = with_partial_checkpointing(plan, PARTIAL_CHECKPOINTING, profile.num_layers)
     return Workload(
         question=question,
@@ -334,6 +398,54 @@ def choose_precision(asked: str, cluster: Cluster) -> Any:  # noqa: ANN401 - a P
         return "fp32"
     capable = cluster.compute_capability is None or cluster.compute_capability >= _BF16_CAPABILITY
     return "bf16" if capable else "fp16"
+
+
+def _traces_if_there(
+    traced: Callable[[str], ModelProfile], attention: str
+) -> tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...]:
+    """Trace a model with another attention too; nothing if it does not have it."""
+    try:
+        return ((attention, traced(attention).traces),)
+    except ConfigError as error:
+        _log.info("%s is not tried: %s", attention, error)
+        return ()
+
+
+def flash_runs(question: Question) -> bool:
+    """Tell whether FlashAttention's own package is installed here and its kernel can be used.
+
+    Of packed rows only sdpa and eager are known to keep apart what shares a row.
+    """
+    if question.named is not None or question.options["packing"]:
+        return False
+    return _why_not_flash(question) is None
+
+
+def _require_attention(attention: str, question: Question) -> None:
+    """Refuse FlashAttention's own package where its kernel does not run, or is not there to run.
+
+    Raises:
+        ConfigError: the devices are no GPUs or too old, the precision has more than 16 bits, or the
+            package is missing on devices that are here.
+    """
+    if attention == FLASH_ATTENTION and (reason := _why_not_flash(question)) is not None:
+        msg = f"attention {FLASH_ATTENTION} {reason}, or use sdpa"
+        raise ConfigError(msg)
+
+
+def _why_not_flash(question: Question) -> str | None:
+    """Say what FlashAttention's package lacks, and how to help it; None if it lacks nothing."""
+    cluster = question.cluster
+    precision = choose_precision(question.options["precision"], cluster)
+    if not cluster.has_separate_memory:
+        return "needs GPUs: name some with --gpus"
+    if cluster.compute_capability is not None and cluster.compute_capability < _BF16_CAPABILITY:
+        return "needs GPUs of compute capability 8.0 or more"
+    if precision == "fp32":
+        return "computes in bf16 or fp16: choose one with --precision"
+    if question.named is None and importlib.util.find_spec("flash_attn") is None:
+        return "needs the package flash-attn, which is not installed: install it"
+    return None
 
 
 def _within(flag: str, asked: int | None, limit: int) -> int:
@@ -524,7 +636,7 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
     spec = train_spec(job, setting, cluster, dataset_dir="", output_dir="", model_output_dir="")
     # What is free changes all the time, and matters only as far as the weights fit in twice.
     steady = cluster.device_memory_bytes // _MEMORY_STEP * _MEMORY_STEP
-    shards = shards_of(workload.profile, cluster.num_devices)
+    shards = shards_of(workload.profile, cluster.num_devices, setting.structure)
     request = VirtualRequest(
         spec=replace(spec, device_memory_bytes=steady if cluster.has_separate_memory else 0),
         ds_config=ds_config(job, setting, workload.profile, cluster),

@@ -100,24 +100,28 @@ def estimate_memory(
     space: Space, profile: ModelProfile, job: Job, cluster: Cluster, longest_row: int
 ) -> MemoryEstimate:
     """Estimate every setting at its worst micro-batch: all rows as long as the longest."""
-    shards, traces = shards_of(profile, space.ranks), dict(profile.traces)
+    shards: dict[tuple[int, int], Shards] = {}
     columns = {name: np.zeros(len(space)) for name in (*PARTS, "host_bytes")}
     passes: dict[tuple[object, ...], _Pass] = {}
     for structure, accumulates, places in _alike(space):
+        sizes = structure.reduce_bucket_size, structure.stage3_param_persistence_threshold
+        if sizes not in shards:
+            shards[sizes] = shards_of(profile, space.ranks, structure)
         engine = Engine(
-            shards=shards,
+            shards=shards[sizes],
             zero_stage=structure.zero_stage,
             compute_bytes=job.compute_bytes,
             accumulates=accumulates,
             gloo=not cluster.has_separate_memory,
             offloads=structure.offload_optimizer != "none" and cluster.has_separate_memory,
+            overlaps=structure.overlap_comm,
         )
         rows = space.micro_batch_size[places]
-        trace = traces[structure.checkpointing]
+        trace = profile.trace(structure.checkpointing, structure.attention)
         peaks = []
         for moments in (trace.one_row, trace.more_rows):
             # Structures whose engines are alike share what does not depend on the rows.
-            key = (id(moments), engine.zero_stage, engine.accumulates, engine.offloads)
+            key = (id(moments), sizes, *engine.kind)
             if key not in passes:
                 passes[key] = _Pass.of(moments, engine, longest_row)
             peaks.append(passes[key].peak(rows))
@@ -127,14 +131,14 @@ def estimate_memory(
     return MemoryEstimate(**columns, runtime_bytes=runtime_bytes(cluster, columns))
 
 
-def shards_of(profile: ModelProfile, ranks: int) -> Shards:
-    """Return a model's parameters as they are divided, with the buckets of the emitted config."""
+def shards_of(profile: ModelProfile, ranks: int, structure: Structure) -> Shards:
+    """Return a model's parameters as they are divided, with the sizes of the emitted config."""
     return Shards(
         trained=np.array(profile.trained_sizes, dtype=np.int64),
         frozen=np.array(profile.frozen_sizes, dtype=np.int64),
         ranks=ranks,
-        bucket=profile.bucket_elements,
-        prefetched=profile.prefetch_elements,
+        bucket=profile.bucket(structure.reduce_bucket_size),
+        persistence=structure.stage3_param_persistence_threshold,
     )
 
 

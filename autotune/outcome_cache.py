@@ -51,6 +51,7 @@ class OutcomeCache:
             [getattr(job, name) for name in _OF_SPEED],
             _length_profile(workload.lengths),
             bool(workload.dataset and workload.dataset.packing),
+            question.deepspeed,
             versions(),
             __version__,
         )

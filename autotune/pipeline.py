@@ -163,7 +163,7 @@ class Run:
     def _recorded_options(self) -> dict[str, Any]:
         """Return the options, files as absolute paths: `train` may start in another directory."""
         options = self.question.options.to_json()
-        for name in ("model", "run_dir"):
+        for name in ("model", "run_dir", "ds_config"):
             value = options[name]["value"]
             if value is not None and Path(value).exists():
                 options[name]["value"] = str(Path(value).absolute())

@@ -1,6 +1,6 @@
 """Estimates every setting and keeps those that can fit; what is rejected says by which rule."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
 from autotune.memory import PARTS, STATES, MemoryEstimate, estimate_memory
-from autotune.prune import best_beside, has_place_between, outdone
+from autotune.prune import Outdone, has_place_between
 from autotune.setting import Setting
 from autotune.space import Space
 from autotune.throughput import (
@@ -16,8 +16,11 @@ from autotune.throughput import (
     DrawnSteps,
     Floats,
     Ints,
+    hidden_s,
     predicted_communication_s,
+    predicted_hideable,
     predicted_micro_step,
+    predicted_more_collectives_s,
     predicted_offload_s,
     predicted_update_s,
     synchronises_every_micro_step,
@@ -33,6 +36,12 @@ _GRANTED = 1.15
 """A setting is rejected only if it would not fit with the estimate this many times too high."""
 
 _NEAREST_REJECTED = 20
+
+_OUTDONE_BY = {
+    "partial_checkpointing": "other checkpointing",
+    "memory_saving": "a setting that saves less memory, and",
+}
+"""Rules by which a setting falls to a faster one, and what that is."""
 
 _UNKNOWN_HOST_BYTES = 2**60
 """The host of hardware that is only named rejects nothing; what it would need is shown."""
@@ -84,8 +93,12 @@ class Plan:
 
     @property
     def outdone(self) -> Bools:
-        """Whether a setting lies between two ways to checkpoint of which one is faster and fits."""
-        return outdone(self.space, self.surely_fits, self.tokens_per_s)
+        """Whether a setting saves memory that need not be saved, and is slower for it."""
+        return self._outdone.any_rule
+
+    @property
+    def _outdone(self) -> Outdone:
+        return Outdone.of(self.space, self.surely_fits, self.tokens_per_s)
 
     def has_place_between(self) -> bool:
         """Tell whether checkpointing some of the layers may beat both none and all of them."""
@@ -99,9 +112,10 @@ class Plan:
     def rule(self) -> NDArray[np.str_]:
         """Return the name of the rule that each setting falls to; empty for those that are kept."""
         too_large = self.memory.device_bytes > _GRANTED * self.budget_bytes
+        outdone = self._outdone
         return np.select(
-            [self.kept, too_large, self.outdone],
-            ["", "device_memory", "partial_checkpointing"],
+            [self.kept, too_large, outdone.partial_checkpointing, outdone.memory_saving],
+            ["", "device_memory", "partial_checkpointing", "memory_saving"],
             "host_memory",
         )
 
@@ -111,11 +125,10 @@ class Plan:
         return Rejection(**rejected_by) if rejected_by else None
 
     def _rejection(self, rule: str, row: int, memory: dict[str, int]) -> Rejection:
-        if rule == "partial_checkpointing":
-            best = best_beside(self.space, self.surely_fits, self.tokens_per_s)[row]
+        if rule in _OUTDONE_BY:
             detail = (
-                f"{self.tokens_per_s[row]:.0f} tokens/s are estimated, and {best:.0f} with other "
-                "checkpointing that fits"
+                f"{self.tokens_per_s[row]:.0f} tokens/s are estimated, and "
+                f"{self._outdone.best[row]:.0f} with {_OUTDONE_BY[rule]} that fits"
             )
         elif rule == "device_memory":
             largest = sorted(PARTS, key=lambda name: -memory[name])[:3]
@@ -241,13 +254,11 @@ def _predict(
     integrated only once for each way to split the batch, to compute and to wait.
     """
     computing_s, tokens = _integrated(space, profile, rates, rows)
-    talking_s, updating_s = _added(space, profile, job, cluster, rates)
-    structure = space.structure_index
-    step_time_s = (
-        computing_s
-        + space.gradient_accumulation_steps * talking_s[structure]
-        + updating_s[structure]
-    )
+    of_structure = _added(space, profile, job, cluster, rates)
+    talking_s, updating_s, *hideable_s = of_structure[:, space.structure_index]
+    micro_steps = space.gradient_accumulation_steps
+    step_time_s = computing_s + micro_steps * talking_s + updating_s
+    step_time_s -= hidden_s(hideable_s, computing_s, micro_steps)
     samples = space.micro_batch_size * space.gradient_accumulation_steps * space.ranks
     return _Steps(
         step_time_s=step_time_s,
@@ -265,37 +276,45 @@ def _integrated(
         axis=1,
         return_inverse=True,
     )
-    modes, mode = np.unique(
-        [structure.checkpointing for structure in space.structures], return_inverse=True
-    )
+    of_structure = [(one.checkpointing, one.attention) for one in space.structures]
+    ways = {way: place for place, way in enumerate(dict.fromkeys(of_structure))}
+    way = np.array([ways[one] for one in of_structure])
     waits = np.array(
         [synchronises_every_micro_step(one.zero_stage, space.ranks) for one in space.structures],
         dtype=np.int64,
     )
-    seconds = np.empty((splits.shape[1], len(modes), 2))
+    seconds = np.empty((splits.shape[1], len(ways), 2))
     tokens = np.empty(splits.shape[1])
     for split, (size, accumulation) in enumerate(splits.T.tolist()):
         steps = DrawnSteps.draw(rows, size, accumulation, space.ranks)
         tokens[split] = steps.tokens
         seconds[split] = steps.mean_s_of(
-            [predicted_micro_step(profile, name, rates, size) for name in modes.tolist()]
+            [
+                predicted_micro_step(profile, checkpointing, rates, size, attention)
+                for checkpointing, attention in ways
+            ]
         )
     structure = space.structure_index
-    return seconds[split_of_row, mode[structure], waits[structure]], tokens[split_of_row]
+    return seconds[split_of_row, way[structure], waits[structure]], tokens[split_of_row]
 
 
-def _added(
-    space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates
-) -> tuple[Floats, Floats]:
-    """Return the seconds that each structure adds to a micro-step and to an update."""
+def _added(space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates) -> Floats:
+    """Return the seconds that each structure adds to a micro-step and to an update.
+
+    Below these two rows are those of what may be hidden of them, as `hidden_s` takes them.
+    """
     size = job.compute_bytes
     added = [
         (
             predicted_communication_s(profile, structure.zero_stage, space.ranks, rates, size),
+            predicted_more_collectives_s(profile, structure, space.ranks, rates),
             predicted_offload_s(profile, structure, cluster, rates, size),
             (0.0, predicted_update_s(profile, structure, cluster, rates)),
         )
         for structure in space.structures
     ]
-    micro_step_s, update_s = np.array(added).sum(axis=1).T
-    return micro_step_s, update_s
+    hideable = [
+        astuple(predicted_hideable(profile, structure, cluster, rates, size))
+        for structure in space.structures
+    ]
+    return np.concatenate([np.array(added).sum(axis=1).T, np.array(hideable).T])

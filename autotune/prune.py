@@ -2,31 +2,52 @@
 
 Checkpointing every n-th layer lies between none and all of them in memory and in speed. At the same
 micro-batch size what recomputes less is faster, so such a setting can only win where less does not
-fit, and by no more than what is saved.
+fit, and by no more than what is saved. So it is with knobs that do nothing but save memory.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autotune.setting import BY_MODEL, DEFAULT_PERSISTENCE_THRESHOLD, Structure
 from autotune.space import CHECKPOINTING_MODES, Space
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 
-def outdone(space: Space, surely_fits: Bools, tokens_per_s: Floats) -> Bools:
-    """Tell which settings checkpoint every n-th layer only to be slower than one that fits.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outdone:
+    """Settings that are slower than one beside them that fits, and have nothing else to offer.
 
-    Such a setting is held against those of the same structure with other checkpointing, at any
+    Each is held against the settings that differ from it only in how they save memory, at any
     micro-batch size: the estimates of all of them err alike in everything else.
+
+    Attributes:
+        partial_checkpointing: of those that checkpoint every n-th layer.
+        memory_saving: of those that turn a knob only to save memory (`frugality`).
+        best: the best speed that fits beside each.
     """
-    between: Bools = ~np.isin(space.column("checkpointing"), CHECKPOINTING_MODES)
-    if not between.any():
-        return between
-    slower: Bools = tokens_per_s < best_beside(space, surely_fits, tokens_per_s)
-    return between & slower
+
+    partial_checkpointing: Bools
+    memory_saving: Bools
+    best: Floats
+
+    @classmethod
+    def of(cls, space: Space, surely_fits: Bools, tokens_per_s: Floats) -> "Outdone":
+        between: Bools = ~np.isin(space.column("checkpointing"), CHECKPOINTING_MODES)
+        saves = saves_memory(space)
+        if not (between.any() or saves.any()):
+            return cls(partial_checkpointing=between, memory_saving=saves, best=tokens_per_s)
+        best = best_beside(space, surely_fits, tokens_per_s)
+        slower = tokens_per_s < best
+        return cls(partial_checkpointing=between & slower, memory_saving=saves & slower, best=best)
+
+    @property
+    def any_rule(self) -> Bools:
+        """Whether a setting is outdone by any of the rules."""
+        return self.partial_checkpointing | self.memory_saving
 
 
 def has_place_between(
@@ -46,11 +67,12 @@ def has_place_between(
 
 
 def best_beside(space: Space, surely_fits: Bools, tokens_per_s: Floats) -> Floats:
-    """Return for each setting the best speed that fits, its structure checkpointed in any way."""
-    variant = variants(space)
-    best = np.zeros(int(variant.max(initial=0)) + 1)
-    np.maximum.at(best, variant[surely_fits], tokens_per_s[surely_fits])
-    return best[variant]
+    """Return for each setting the best speed that fits, however its structure saves memory."""
+    families = np.unique([_spendthrift(one).key() for one in space.structures], return_inverse=True)
+    family = families[1][space.structure_index]
+    best = np.zeros(int(family.max(initial=0)) + 1)
+    np.maximum.at(best, family[surely_fits], tokens_per_s[surely_fits])
+    return best[family]
 
 
 def variants(space: Space) -> NDArray[np.int64]:
@@ -58,3 +80,41 @@ def variants(space: Space) -> NDArray[np.int64]:
     keys = [replace(structure, checkpointing="none").key() for structure in space.structures]
     numbers: NDArray[np.int64] = np.unique(keys, return_inverse=True)[1]
     return numbers[space.structure_index]
+
+
+def saves_memory(space: Space) -> Bools:
+    """Tell which settings turn more knobs to save memory than others that are alike in the rest."""
+    keys = [_spendthrift(one).key() for one in space.structures]
+    turned = np.array([frugality(one) for one in space.structures])
+    names, family = np.unique(keys, return_inverse=True)
+    least = np.full(len(names), turned.max(initial=0))
+    np.minimum.at(least, family, turned)
+    saves: Bools = turned > least[family]
+    return saves[space.structure_index]
+
+
+def frugality(structure: Structure) -> int:
+    """Count the knobs that are turned to save memory and cost time for it.
+
+    Offloading the optimizer is none of them: what it saves, it saves many times over.
+    """
+    plain = _spendthrift(structure)
+    return sum(getattr(structure, knob) != getattr(plain, knob) for knob in _SAVING_KNOBS)
+
+
+_SAVING_KNOBS = (
+    "reduce_bucket_size",
+    "stage3_param_persistence_threshold",
+    "offload_param",
+)
+
+
+def _spendthrift(structure: Structure) -> Structure:
+    """Return the structure that saves nothing in the ways that are counted here."""
+    return replace(
+        structure,
+        checkpointing="none",
+        reduce_bucket_size=BY_MODEL,
+        stage3_param_persistence_threshold=DEFAULT_PERSISTENCE_THRESHOLD,
+        offload_param="none",
+    )

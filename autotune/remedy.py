@@ -11,7 +11,7 @@ from autotune.hardware import Cluster
 from autotune.memory import estimate_memory
 from autotune.plan import Bools, Plan, host_budget_bytes
 from autotune.setting import ZERO_STAGES, Setting, Structure
-from autotune.space import CHECKPOINTING_MODES, Space, micro_batch_sizes
+from autotune.space import Space, micro_batch_sizes
 from autotune.throughput import Floats
 from autotune.workload import Job, ModelProfile
 
@@ -44,9 +44,10 @@ def near_misses(
     """Return for each kind of memory the rejected setting nearest to fitting, and its remedies."""
     rules, ranking = plan.rule(), plan.ranking()
     # What was not traced, only put between, has no estimate at other lengths.
-    ranking = ranking[np.isin(plan.space.column("checkpointing")[ranking], CHECKPOINTING_MODES)]
+    traced = [mode for mode, _ in profile.traces]
+    ranking = ranking[np.isin(plan.space.column("checkpointing")[ranking], traced)]
     misses = []
-    for rule in sorted(MEMORY_RULES & plan.rejected_by_rule().keys()):
+    for rule in sorted(MEMORY_RULES & set(rules[ranking].tolist())):
         row = int(ranking[rules[ranking] == rule][0])
         remedies = _Search(profile, job, cluster, longest).remedies(plan.space.setting(row))
         misses.append(plan.entry(row) | {"remedies": [asdict(remedy) for remedy in remedies]})

@@ -2,13 +2,28 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Offload = Literal["none", "cpu"]
+Offload = Literal["none", "cpu", "nvme"]
 
 ZERO_STAGES = (0, 1, 2, 3)
 FLASH_ATTENTION = "flash_attention_2"
+
+BY_MODEL = -1
+"""A bucket whose length follows from the model."""
+
+DEFAULT_PERSISTENCE_THRESHOLD = 100_000
+"""DeepSpeed's own stage3_param_persistence_threshold."""
+
+THREADS_DETECTED = 0
+"""As many threads a rank as the cluster says."""
+
+
+def overlaps_by_default(zero_stage: int) -> bool:
+    """Tell whether DeepSpeed reduces gradients beside the backward pass unless told otherwise."""
+    return zero_stage == ZERO_STAGES[-1]
+
 
 _EVERY = re.compile(r"every-([2-9]|[1-9][0-9]+)")
 
@@ -32,16 +47,48 @@ def checkpointing_period(checkpointing: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Structure:
+    """The knobs of a process; docs/knobs.md says what each is for.
+
+    Attributes:
+        overlap_comm: whether gradients are reduced beside the backward pass; unless it is said,
+            what DeepSpeed does: at stage 3 alone.
+        reduce_bucket_size: elements of gradients that are reduced at once; `BY_MODEL` is
+            DeepSpeed's default, or all of a smaller model.
+        allgather_bucket_size: elements of weights that stages 1 and 2 gather at once, likewise.
+        stage3_prefetch_bucket_size: elements that stage 3 gathers ahead; `BY_MODEL` is two layers.
+        stage3_param_persistence_threshold: elements up to which stage 3 leaves a parameter whole.
+        threads_per_rank: of a rank on a CPU; `THREADS_DETECTED` leaves it to the cluster.
+    """
+
     zero_stage: int
     offload_optimizer: Offload = "none"
     offload_param: Offload = "none"
     checkpointing: str = "none"
     attention: str = "sdpa"
     sampling: str = "random"
+    overlap_comm: bool = field(default=None)  # type: ignore[assignment] # set before it is read
+    reduce_bucket_size: int = BY_MODEL
+    allgather_bucket_size: int = BY_MODEL
+    stage3_prefetch_bucket_size: int = BY_MODEL
+    stage3_param_persistence_threshold: int = DEFAULT_PERSISTENCE_THRESHOLD
+    threads_per_rank: int = THREADS_DETECTED
+
+    def __post_init__(self) -> None:
+        if self.overlap_comm not in {True, False}:
+            object.__setattr__(self, "overlap_comm", overlaps_by_default(self.zero_stage))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, of the later knobs those that are not at their defaults."""
+        plain = Structure(zero_stage=self.zero_stage)
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in _LATER_KNOBS or value != getattr(plain, name)
+        }
 
     def key(self) -> str:
         """Return the canonical form: JSON of the fields, sorted."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.to_json(), sort_keys=True)
 
     def label(self) -> str:
         """Return a short name for people and file names: `zero2-checkpointing-full`."""
@@ -51,7 +98,26 @@ class Structure:
         if self.offload_param != "none":
             parts.append(f"offload-param-{self.offload_param}")
         parts.append(f"checkpointing-{self.checkpointing}")
-        return "-".join(parts)
+        return "-".join([*parts, *self.other_knobs()]).replace("_", "-")
+
+    def other_knobs(self) -> tuple[str, ...]:
+        """Return a short word for each other knob that is not at its default."""
+        plain = Structure(zero_stage=self.zero_stage)
+        words = {
+            "attention": self.attention,
+            "sampling": self.sampling,
+            "overlap_comm": "overlap" if self.overlap_comm else "no-overlap",
+            "reduce_bucket_size": f"reduce-{self.reduce_bucket_size}",
+            "allgather_bucket_size": f"allgather-{self.allgather_bucket_size}",
+            "stage3_prefetch_bucket_size": f"prefetch-{self.stage3_prefetch_bucket_size}",
+            "stage3_param_persistence_threshold": (
+                f"persistence-{self.stage3_param_persistence_threshold}"
+            ),
+            "threads_per_rank": f"threads-{self.threads_per_rank}",
+        }
+        return tuple(
+            word for knob, word in words.items() if getattr(self, knob) != getattr(plain, knob)
+        )
 
     def with_micro_batch(
         self, micro_batch_size: int, ranks: int, global_batch_size: int
@@ -66,6 +132,19 @@ class Structure:
         )
 
 
+_LATER_KNOBS = frozenset(
+    {
+        "overlap_comm",
+        "reduce_bucket_size",
+        "allgather_bucket_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "threads_per_rank",
+    }
+)
+"""What JSON has only where it says something, so that older settings keep their names."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Setting:
     structure: Structure
@@ -76,7 +155,7 @@ class Setting:
         return {
             "micro_batch_size": self.micro_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            **asdict(self.structure),
+            **self.structure.to_json(),
         }
 
     @classmethod
@@ -95,6 +174,7 @@ class Setting:
         return json.dumps(self.to_json(), sort_keys=True)
 
     def label(self) -> str:
+        """Return a line for people."""
         return (
             f"micro-batch {self.micro_batch_size} x accumulation "
             f"{self.gradient_accumulation_steps}, ZeRO {self.structure.zero_stage}, "
@@ -104,4 +184,10 @@ class Setting:
                 if self.structure.offload_optimizer != "none"
                 else ""
             )
+            + (
+                f", parameters on {self.structure.offload_param}"
+                if self.structure.offload_param != "none"
+                else ""
+            )
+            + "".join(f", {word}" for word in self.structure.other_knobs())
         )

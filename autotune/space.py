@@ -1,14 +1,18 @@
 """Every setting that leaves the optimisation untouched, as columns."""
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.errors import UsageError
+from autotune.errors import ConfigError, UsageError
 from autotune.hardware import Cluster
-from autotune.setting import ZERO_STAGES, Offload, Setting, Structure
+from autotune.knobs import BY_NAME, KNOBS, MICRO_BATCH_SIZE, NO_PINS, Pins, Value, as_text
+from autotune.setting import ZERO_STAGES, Setting, Structure
 
 Ints = NDArray[np.int64]
 
@@ -60,48 +64,138 @@ def enumerate_space(
     cluster: Cluster,
     global_batch_size: int,
     *,
-    attention: str = "sdpa",
+    attentions: tuple[str, ...] = ("sdpa",),
     checkpointing_modes: tuple[str, ...] = CHECKPOINTING_MODES,
+    pins: Pins = NO_PINS,
 ) -> Space:
     """Return all structures that make sense on the cluster, with every micro-batch size.
 
-    Attention implementation and checkpointing modes are those that the model has.
+    Attention implementations and checkpointing modes are those that the model has. A pinned knob
+    has its pinned values and no others, those among them that DeepSpeed can do at a stage.
 
     Raises:
         UsageError: the global batch cannot be split evenly over the ranks.
+        ConfigError: the pins leave nothing.
     """
-    structures = tuple(_structures(cluster, attention, checkpointing_modes))
     sizes = micro_batch_sizes(global_batch_size, cluster.num_devices)
+    if MICRO_BATCH_SIZE in pins:
+        sizes = _pinned_sizes(sizes, pins[MICRO_BATCH_SIZE], global_batch_size, cluster)
+    offered = {"attention": attentions, "checkpointing": checkpointing_modes}
+    structures = tuple(_structures(cluster, offered, pins))
+    if not structures:
+        raise ConfigError(_why_nothing_is_left(cluster, offered, pins))
+    return space_of(structures, sizes, global_batch_size, cluster.num_devices)
+
+
+def space_of(
+    structures: tuple[Structure, ...], sizes: tuple[int, ...], global_batch_size: int, ranks: int
+) -> Space:
+    """Return every structure with every micro-batch size."""
     micro_batch_size = np.tile(np.array(sizes), len(structures))
     return Space(
         structures=structures,
         structure_index=np.repeat(np.arange(len(structures)), len(sizes)),
         micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=global_batch_size // (cluster.num_devices * micro_batch_size),
-        ranks=cluster.num_devices,
+        gradient_accumulation_steps=global_batch_size // (ranks * micro_batch_size),
+        ranks=ranks,
     )
 
 
-def _structures(
-    cluster: Cluster, attention: str, checkpointing_modes: tuple[str, ...]
-) -> list[Structure]:
-    return [
-        Structure(
-            zero_stage=stage,
-            offload_optimizer=offload,
-            checkpointing=checkpointing,
-            attention=attention,
+def _pinned_sizes(
+    sizes: tuple[int, ...], pinned: tuple[Value, ...], global_batch_size: int, cluster: Cluster
+) -> tuple[int, ...]:
+    left = tuple(size for size in sizes if size in pinned)
+    if not left:
+        msg = (
+            f"a global batch of {global_batch_size} over {cluster.num_devices} ranks has no "
+            f"micro-batch of {' or '.join(map(str, pinned))}: micro_batch_size can be "
+            f"{', '.join(map(str, sizes))}"
         )
-        for stage in ZERO_STAGES
-        for offload in _optimizer_places(cluster, stage)
-        for checkpointing in checkpointing_modes
+        raise ConfigError(msg)
+    return left
+
+
+def _structures(
+    cluster: Cluster, offered: Mapping[str, tuple[Value, ...]], pins: Pins
+) -> Iterator[Structure]:
+    for stage in pins.get("zero_stage", ZERO_STAGES):
+        assert isinstance(stage, int)
+        by_default = {**_offered(cluster, stage), **offered}
+        choices = {
+            knob: _choices(cluster, stage, knob, by_default.get(knob, ()), pins)
+            for knob in _STRUCTURAL
+        }
+        for values in itertools.product(*choices.values()):
+            fields: dict[str, Any] = dict(zip(choices, values, strict=True))
+            yield Structure(zero_stage=stage, **fields)
+
+
+_STRUCTURAL = tuple(
+    knob.name for knob in KNOBS if knob.name not in {MICRO_BATCH_SIZE, "zero_stage"}
+)
+
+
+def _offered(cluster: Cluster, zero_stage: int) -> dict[str, tuple[Value, ...]]:
+    """Return the values that a search has of knobs which it turns wherever a stage has them.
+
+    Only another memory than the device's is worth offloading to. What may win only under a
+    condition is added where it holds: see variants.py.
+    """
+    if not cluster.has_separate_memory or zero_stage < 1:
+        return {}
+    return {"offload_optimizer": ("none", "cpu")}
+
+
+def _choices(
+    cluster: Cluster, zero_stage: int, knob: str, offered: tuple[Value, ...], pins: Pins
+) -> tuple[Value, ...]:
+    """Return a knob's values at a stage; none if no pinned one can be there."""
+    plain: Value = getattr(Structure(zero_stage=zero_stage), knob)
+    if knob not in pins:
+        return offered or (plain,)
+    if not _has(cluster, zero_stage, knob):
+        only = plain in pins[knob] or knob in pins.where_there
+        return (plain,) if only else ()
+    if knob in _OF_THE_MODEL:
+        return tuple(value for value in pins[knob] if value in offered)
+    return pins[knob]
+
+
+_OF_THE_MODEL = ("attention", "checkpointing")
+"""What the model must have, so that it is offered before it can be chosen."""
+
+
+def _has(cluster: Cluster, zero_stage: int, knob: str) -> bool:
+    """Tell whether a knob can be turned at a stage."""
+    if knob.startswith("offload_") and not cluster.has_separate_memory:
+        return False
+    if knob == "threads_per_rank" and cluster.has_separate_memory:
+        return False
+    return zero_stage in BY_NAME[knob].stages
+
+
+def _why_nothing_is_left(
+    cluster: Cluster, offered: Mapping[str, tuple[Value, ...]], pins: Pins
+) -> str:
+    """Say which pins leave no structure: those without any one of which some would be left."""
+    blamed = [
+        name for name in pins.values if any(_structures(cluster, offered, pins.without(name)))
     ]
-
-
-def _optimizer_places(cluster: Cluster, zero_stage: int) -> tuple[Offload, ...]:
-    # DeepSpeed offloads the optimizer from stage 1 on, and only another memory than the device's
-    # is worth it.
-    return ("none", "cpu") if cluster.has_separate_memory and zero_stage >= 1 else ("none",)
+    blamed = blamed or [name for name in pins.values if name != MICRO_BATCH_SIZE]
+    reasons = []
+    for name in blamed:
+        knob = BY_NAME[name]
+        if name in offered:
+            has = ", ".join(map(as_text, offered[name]))
+            reasons.append(f"of {name} this model has {has} here")
+        elif name.startswith("offload_") and not cluster.has_separate_memory:
+            reasons.append(f"{name} needs GPUs, with a memory beside the host's")
+        elif name == "threads_per_rank" and cluster.has_separate_memory:
+            reasons.append(f"{name} is of ranks on a CPU")
+        elif knob.stages != ZERO_STAGES:
+            reasons.append(f"{name} is of ZeRO {', '.join(map(str, knob.stages))}")
+    because = "; ".join(reasons)
+    return f"the pins {pins} leave no setting: {because}. Drop one of them, or pin other values"
 
 
 def micro_batch_sizes(global_batch_size: int, ranks: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
-from autotune.setting import Structure
+from autotune.setting import DEFAULT_PERSISTENCE_THRESHOLD, Structure
 from autotune.workload import ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
@@ -180,14 +180,18 @@ def evaluate(polynomial: Polynomial, micro_batch_size: int, lengths: Ints | Floa
 
 
 def predicted_micro_step(
-    profile: ModelProfile, checkpointing: str, rates: Rates, micro_batch_size: int
+    profile: ModelProfile,
+    checkpointing: str,
+    rates: Rates,
+    micro_batch_size: int,
+    attention: str | None = None,
 ) -> Polynomial:
     """Return the predicted seconds of a micro-step, all its rows together, over padded lengths.
 
     The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
     of them what it takes to start one.
     """
-    trace = profile.trace(checkpointing)
+    trace = profile.trace(checkpointing, attention)
     a_flop_s = micro_batch_size / rates.matmul_flops_per_s
     return Polynomial(
         c0=trace.flops.c0 * a_flop_s + trace.operators * rates.operator_overhead_s,
@@ -216,6 +220,97 @@ def predicted_communication_s(
             return gradients_s, gradients_s
         case _:
             return gradients_s + 2 * weights_s, 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hideable:
+    """Seconds of communication that run beside computing, as far as that is long enough.
+
+    Attributes:
+        backward_s: of each micro-step, beside its backward pass.
+        forward_s: of each micro-step, beside its forward pass.
+        last_backward_s: beside the backward pass of the last micro-step of an update.
+    """
+
+    backward_s: float = 0.0
+    forward_s: float = 0.0
+    last_backward_s: float = 0.0
+
+
+def predicted_hideable(
+    profile: ModelProfile,
+    structure: Structure,
+    cluster: Cluster,
+    rates: Rates,
+    element_bytes: int,
+) -> Hideable:
+    """Return what of `predicted_communication_s` runs in a stream of its own (overlap_comm).
+
+    Gradients are reduced there as the backward pass makes them (reduction_stream of
+    stage_1_and_2.py, reduce_and_partition_stream of stage3.py), at stage 1 in the last micro-step
+    alone; stage 3 gathers the weights of the next layers there in either pass
+    (partitioned_param_coordinator.py). On a CPU there are no streams.
+    """
+    if not structure.overlap_comm or not cluster.has_separate_memory:
+        return Hideable()
+    share = (cluster.num_devices - 1) / cluster.num_devices * element_bytes / rates.link_bytes_per_s
+    gradients_s, weights_s = share * profile.trainable_parameters, share * profile.parameters
+    match structure.zero_stage:
+        case 1:
+            return Hideable(last_backward_s=gradients_s)
+        case 2:
+            return Hideable(backward_s=gradients_s)
+        case _:
+            return Hideable(backward_s=gradients_s + weights_s, forward_s=weights_s)
+
+
+_BACKWARD = 2 / 3
+"""The share of a pass that the backward one is: it multiplies twice where the forward one does
+once. Recomputing makes it more."""
+
+
+def hidden_s(hideable: Sequence[Floats], computing_s: Floats, micro_steps: Ints) -> Floats:
+    """Return the seconds of an optimizer step in which communication is hidden.
+
+    Arguments are columns: those of `Hideable`, and what a step computes in how many micro-steps.
+    """
+    backward_s, forward_s, last_s = hideable
+    a_micro_step = computing_s / micro_steps
+    backward, forward = _BACKWARD * a_micro_step, (1 - _BACKWARD) * a_micro_step
+    each = np.minimum(backward_s, backward) + np.minimum(forward_s, forward)
+    hidden: Floats = micro_steps * each + np.minimum(last_s, backward)
+    return hidden
+
+
+def predicted_more_collectives_s(
+    profile: ModelProfile, structure: Structure, ranks: int, rates: Rates
+) -> tuple[float, float]:
+    """Return the seconds (each micro-step, each update) of starting more collectives than usual.
+
+    A bucket that is smaller than by default makes more of them, and at stage 3 so does each
+    parameter that is not left whole any more, in either pass.
+    """
+    if ranks == 1 or structure.zero_stage == 0:
+        return 0.0, 0.0
+
+    def buckets(elements: int) -> int:
+        return max(1, -(-profile.trainable_parameters // elements))
+
+    reduce, gather = (
+        (buckets(profile.bucket(size)) - buckets(profile.bucket_elements))
+        * rates.operator_overhead_s
+        for size in (structure.reduce_bucket_size, structure.allgather_bucket_size)
+    )
+    match structure.zero_stage:
+        case 1:
+            return 0.0, reduce + gather
+        case 2:
+            return reduce, gather
+        case _:
+            left = structure.stage3_param_persistence_threshold
+            sizes = np.array(profile.trained_sizes + profile.frozen_sizes)
+            parted = np.sum((sizes > left) & (sizes <= DEFAULT_PERSISTENCE_THRESHOLD))
+            return reduce + 2 * float(parted) * rates.operator_overhead_s, 0.0
 
 
 def predicted_update_s(

@@ -1,7 +1,9 @@
 """What is to be trained: the job, its data in figures, its model in figures."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from autotune.setting import BY_MODEL
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -41,6 +43,7 @@ class Job:
 
     `model_dir` holds config.json and the tokenizer, and weights unless `from_scratch`. There is a
     `lora` where the method is that one; `merge` adds its adapters to the weights in the end.
+    `deepspeed` is what the user's own DeepSpeed config says besides the rest.
     """
 
     model: str
@@ -61,6 +64,7 @@ class Job:
     seed: int
     lora: Lora | None = None
     merge: bool = False
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compute_bytes(self) -> int:
@@ -183,6 +187,8 @@ class ModelProfile:
     Attributes:
         trained_sizes: elements of each parameter that is trained, in the order of the model.
         frozen_sizes: the same of the others.
+        attention: of `traces`.
+        other_attentions: further attention implementations, each with traces of its own.
     """
 
     architecture: str
@@ -199,6 +205,12 @@ class ModelProfile:
     attention: str
     precision: Precision
     traces: tuple[tuple[str, Trace], ...]
+    other_attentions: tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...] = ()
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The attention implementations that were traced, the one of `traces` first."""
+        return (self.attention, *(name for name, _ in self.other_attentions))
 
     @property
     def bucket_elements(self) -> int:
@@ -208,13 +220,24 @@ class ModelProfile:
         """
         return min(_DEFAULT_BUCKET_ELEMENTS, 2 * -(-self.trainable_parameters // 2))
 
-    @property
-    def prefetch_elements(self) -> int:
-        """What ZeRO 3 is to gather ahead: two layers, at most a bucket."""
+    def bucket(self, asked: int) -> int:
+        """Return what is asked for; `BY_MODEL` is `bucket_elements`."""
+        return self.bucket_elements if asked == BY_MODEL else asked
+
+    def prefetch(self, asked: int) -> int:
+        """Return what ZeRO 3 is to gather ahead; `BY_MODEL` is two layers, at most a bucket."""
+        if asked != BY_MODEL:
+            return asked
         return min(self.bucket_elements, 2 * self.largest_layer_parameters)
 
-    def trace(self, checkpointing: str) -> Trace:
-        return dict(self.traces)[checkpointing]
+    def trace(self, checkpointing: str, attention: str | None = None) -> Trace:
+        """Return the trace of one way to run the model, by the attention of `traces` unless told.
+
+        Raises:
+            KeyError: it was not traced.
+        """
+        by_attention = {self.attention: self.traces, **dict(self.other_attentions)}
+        return dict(by_attention[attention or self.attention])[checkpointing]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

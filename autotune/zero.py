@@ -16,9 +16,8 @@ Ints = NDArray[np.int64]
 
 FP32 = 4
 
-PERSISTENCE_THRESHOLD = 100_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
-"""Of the emitted config; the second is its max_reuse_distance too."""
+"""Of the emitted config, and its max_reuse_distance too."""
 
 _ALL_REDUCE_ELEMENTS = 500_000_000
 _SUB_GROUP_ELEMENTS = 1_000_000_000
@@ -36,14 +35,15 @@ class Shards:
         trained: elements of each trained parameter, in the order of the model.
         frozen: the same of the others.
         bucket: what gradients are reduced in (reduce_bucket_size).
-        prefetched: what stage 3 gathers ahead (stage3_prefetch_bucket_size).
+        persistence: up to how many stage 3 leaves a parameter whole
+            (stage3_param_persistence_threshold).
     """
 
     trained: Ints
     frozen: Ints
     ranks: int
     bucket: int
-    prefetched: int
+    persistence: int
 
     @cached_property
     def elements(self) -> int:
@@ -106,7 +106,7 @@ class Shards:
     @cached_property
     def _persists(self) -> NDArray[np.bool_]:
         every = np.concatenate([self.trained, self.frozen])
-        return np.asarray(every <= PERSISTENCE_THRESHOLD)
+        return np.asarray(every <= self.persistence)
 
     @cached_property
     def persistent(self) -> int:
@@ -137,6 +137,7 @@ class Engine:
         accumulates: whether an update takes more than one micro-step.
         gloo: whether collectives are gloo's, as they are on a CPU.
         offloads: whether the optimizer is in host memory, as gradients are then once reduced.
+        overlaps: whether gradients are reduced beside the backward pass (overlap_comm).
     """
 
     shards: Shards
@@ -145,6 +146,12 @@ class Engine:
     accumulates: bool
     gloo: bool
     offloads: bool = False
+    overlaps: bool = False
+
+    @property
+    def kind(self) -> tuple[int, bool, bool, bool]:
+        """What of it differs between the settings of a job besides the sizes of its shards."""
+        return self.zero_stage, self.accumulates, self.offloads, self.overlaps
 
     @property
     def share(self) -> int:
@@ -196,6 +203,9 @@ def gradients_in_pass(engine: Engine, handed_over: Floats) -> Floats:
     """
     kept = np.full_like(handed_over, resident_gradients(engine))
     match engine.zero_stage:
+        case 1 if engine.overlaps and not engine.accumulates:
+            # Each goes into the bucket as it is made, as at stage 2.
+            return np.zeros_like(kept)
         case 0 | 1:
             return kept if engine.accumulates else engine.compute_bytes * handed_over
         case 2:
@@ -222,8 +232,10 @@ def resident_gradients(engine: Engine) -> float:
 def buffers_in_pass(engine: Engine, handed_over: Floats, hands_over: NDArray[np.bool_]) -> Floats:
     """Return the buckets and the gathered weights while a pass runs.
 
-    Stages 1 and 2 make their bucket for the first gradient of a micro-step (setup_buckets of
-    stage_1_and_2.py). Stage 2 lets go of it after each, stage 1 after the last. A full bucket is
+    Stages 1 and 2 make their bucket for the first gradient of a micro-step, and a second one where
+    one is reduced while the other is filled (setup_buckets of stage_1_and_2.py).
+
+    Stage 2 lets go of it after each, stage 1 after the last. A full bucket is
     copied to be reduced, and stage 2 then has the gradients of its partition beside those of
     earlier micro-steps (averaged_gradients). Stage 3 has its bucket from the start
     (_setup_for_real_optimizer of stage3.py).
@@ -235,13 +247,13 @@ def buffers_in_pass(engine: Engine, handed_over: Floats, hands_over: NDArray[np.
     match engine.zero_stage:
         case 0:
             return np.zeros_like(handed_over)
-        case 1:
-            bucket = shards.bucket * (1.0 * (begun | engine.accumulates))
+        case 1 if engine.accumulates or not engine.overlaps:
+            bucket = shards.bucket * (1.0 + engine.overlaps) * (begun | engine.accumulates)
             return np.asarray(size * (bucket + passage), np.float64)
-        case 2:
+        case 1 | 2:
             reduced = np.where(handed_over > shards.bucket, handed_over, 0.0)
             reduced = np.minimum(reduced, shards.most_overlapped * (not engine.offloads))
-            bucket = shards.bucket * (1.0 * begun + full)
+            bucket = shards.bucket * ((1.0 + engine.overlaps) * begun + full)
             return np.asarray(size * (bucket + reduced + passage), np.float64)
         case _:
             bucket = shards.bucket * (1.0 + full * _copies_to_scatter(engine))
@@ -280,25 +292,27 @@ def _copies_to_scatter(engine: Engine) -> int:
 def reducing(engine: Engine) -> float:
     """Return the gradients and buffers when the last of a backward pass are reduced.
 
-    Stage 0 flattens them (allreduce_bucket of engine.py). Stages 1 and 2 have them in the bucket,
+    Stage 0 flattens them (allreduce_bucket of engine.py). Stages 1 and 2 have them in a bucket,
     and copy it to be reduced (allreduce_bucket of stage_1_and_2.py); what did not fit into one
     bucket is in the partition's own gradients, or at stage 1 still to come.
     """
     shards, size = engine.shards, engine.compute_bytes
     whole, passage = shards.elements, _passage(engine)
-    bucket = min(whole, shards.bucket)
+    copied = min(whole, shards.bucket)
+    bucket = shards.bucket * (1 + (engine.overlaps and engine.zero_stage < 3))  # noqa: PLR2004
     match engine.zero_stage:
         case 0:
             return float(size * (whole + min(whole, _ALL_REDUCE_ELEMENTS)))
         case 1:
-            reduced = shards.most_overlapped * (whole > bucket and not engine.offloads)
-            return float(size * (max(whole - bucket, reduced) + 2 * bucket + passage))
+            reduced = shards.most_overlapped * (whole > copied and not engine.offloads)
+            to_come = (whole - copied) * (not engine.overlaps)
+            return float(size * (max(to_come, reduced) + bucket + copied + passage))
         case 2:
-            kept = 0.0 if engine.offloads else float(engine.accumulates) + (whole > bucket)
-            return float(size * (kept * shards.most_overlapped + 2 * bucket + passage))
+            kept = 0.0 if engine.offloads else float(engine.accumulates) + (whole > copied)
+            return float(size * (kept * shards.most_overlapped + bucket + copied + passage))
         case _:
             gathered = shards.persistent + shards.outermost
-            bucket *= 1 + _copies_to_scatter(engine)
+            bucket += copied * _copies_to_scatter(engine)
             return float(size * (shards.shard * (not engine.offloads) + bucket + gathered))
 
 

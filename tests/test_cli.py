@@ -51,6 +51,8 @@ JOB_OPTIONS = DATA_OPTIONS | {
     "--seed",
     "--devices",
     "--device-memory",
+    "--set",
+    "--ds-config",
     "--max-probes",
     "--tune-budget",
     "--sampler",

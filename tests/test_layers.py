@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "autotune"
 
 LAYERS = (
     ("errors", "units"),
-    ("hardware", "workload", "setting", "outcome"),
+    ("hardware", "workload", "setting", "outcome", "knobs"),
     (
         "space",
         "zero",
@@ -21,9 +21,11 @@ LAYERS = (
         "throughput",
         "plan",
         "partial_checkpointing",
+        "variants",
         "remedy",
         "emit",
         "config",
+        "user_config",
         "devices",
         "prices",
     ),
@@ -37,13 +39,17 @@ LAYERS = (
 
 BESIDE = {
     "outcome": {"setting"},
+    "workload": {"setting"},
+    "knobs": {"setting"},
     "memory": {"space", "zero"},
     "emit": {"zero"},
     "prune": {"space"},
     "plan": {"memory", "prune", "space", "throughput"},
     "partial_checkpointing": {"memory", "plan", "prune", "space", "throughput"},
+    "variants": {"plan", "prune", "space"},
     "remedy": {"devices", "memory", "plan", "space", "throughput"},
     "prices": {"devices"},
+    "user_config": {"config"},
     "model_source": {"builtin"},
     "processes": {"session"},
     "engine": {"dataset"},

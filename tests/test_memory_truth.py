@@ -68,6 +68,26 @@ CASES = (
         seq_length=100,
         lora=True,
     ),
+    Case(
+        model="llama",
+        size=WIDE,
+        zero_stage=1,
+        ranks=2,
+        checkpointing="none",
+        micro_batch_size=2,
+        seq_length=64,
+        knobs=(("overlap_comm", True), ("reduce_bucket_size", 2_000_000)),
+    ),
+    Case(
+        model="llama",
+        size=SMALL,
+        zero_stage=3,
+        ranks=2,
+        checkpointing="none",
+        micro_batch_size=2,
+        seq_length=64,
+        knobs=(("stage3_param_persistence_threshold", 0), ("stage3_prefetch_bucket_size", 0)),
+    ),
 )
 
 

@@ -18,6 +18,7 @@ from autotune.throughput import (
     evaluate,
     integrate,
     predicted_communication_s,
+    predicted_hideable,
     predicted_micro_step,
     predicted_offload_s,
     predicted_update_s,
@@ -215,7 +216,8 @@ def predicted_alone(plan: Plan, row: int) -> StepRate:
     place = (profile, setting.structure, make_cluster(gpus=ranks), RATES)
     copies_each_s, copies_last_s = predicted_offload_s(*place, job.compute_bytes)
     update_s = copies_last_s + predicted_update_s(*place)
-    return integrate(
+    hideable = predicted_hideable(*place, job.compute_bytes)
+    shown = integrate(
         DrawnRows.draw(LENGTHS, job.seed),
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
@@ -223,6 +225,18 @@ def predicted_alone(plan: Plan, row: int) -> StepRate:
         micro_step_s=lambda padded: evaluate(computing, 1, padded) + each_s + copies_each_s,
         boundary_extra_s=last_s + update_s,
         synchronises_every_micro_step=synchronises_every_micro_step(stage, ranks),
+    )
+    micro_steps = setting.gradient_accumulation_steps
+    computing_s = shown.step_time_s - last_s - update_s - micro_steps * (each_s + copies_each_s)
+    a_micro_step = computing_s / micro_steps
+    hidden = micro_steps * min(hideable.backward_s, 2 / 3 * a_micro_step)
+    hidden += micro_steps * min(hideable.forward_s, a_micro_step / 3)
+    hidden += min(hideable.last_backward_s, 2 / 3 * a_micro_step)
+    factor = shown.step_time_s / (shown.step_time_s - hidden)
+    return StepRate(
+        step_time_s=shown.step_time_s - hidden,
+        samples_per_s=factor * shown.samples_per_s,
+        tokens_per_s=factor * shown.tokens_per_s,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from records import make_cluster
 
-from autotune.prune import has_place_between, outdone
+from autotune.prune import Outdone, has_place_between
 from autotune.space import CHECKPOINTING_MODES, Space, enumerate_space
 
 RECOMPUTED = {"none": 0.0, "every-4": 0.25, "every-2": 0.5, "full": 1.0}
@@ -46,7 +46,7 @@ class Estimates:
 
     @property
     def outdone(self) -> NDArray[np.bool_]:
-        return outdone(self.space, self.surely_fits, self.tokens_per_s)
+        return Outdone.of(self.space, self.surely_fits, self.tokens_per_s).any_rule
 
     @property
     def has_place_between(self) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from autotune.cli.options import (
     as_json,
@@ -111,20 +112,55 @@ def command(  # noqa: PLR0913 - the fields of a setting
 
     named = named_hardware(gpus, nodes)
     question = intake.ask(resolve_options(flags, config), named)
-    structure = Structure(
-        zero_stage=zero_stage,
-        offload_optimizer=offload_optimizer,
-        offload_param=offload_param,
-        checkpointing=checkpointing,
-        attention=attention,
-    )
-    document = _estimate(
-        question, _setting(question, structure, micro_batch_size), seq_length, exact
-    )
+    for note in question.notes:
+        click.echo(note, err=True)
+    knobs: dict[str, Any] = {
+        "micro_batch_size": micro_batch_size,
+        "zero_stage": zero_stage,
+        "offload_optimizer": offload_optimizer,
+        "offload_param": offload_param,
+        "checkpointing": checkpointing,
+        "attention": attention,
+    }
+    knobs |= _pinned(question, knobs)
+    micro_batch_size = knobs.pop("micro_batch_size")
+    setting = _setting(question, Structure(**knobs), micro_batch_size)
+    document = _estimate(question, setting, seq_length, exact)
     if as_json:
         echo_json(document)
     else:
         click.echo(estimate_text(document))
+
+
+def _pinned(question: "Question", flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the pins that the stage has, each to one value.
+
+    Raises:
+        UsageError: a pin has several values, another than the flag of the same knob, or is of other
+            stages.
+    """
+    from autotune.knobs import BY_NAME, as_text
+
+    source = click.get_current_context().get_parameter_source
+    pinned: dict[str, Any] = {}
+    for knob, values in question.pins.values.items():
+        if len(values) > 1:
+            several = ", ".join(map(as_text, values))
+            msg = f"an estimate is of one setting: pin {knob} to one of {several}"
+            raise UsageError(msg)
+        pinned[knob] = values[0]
+        given = knob in flags and source(knob) == ParameterSource.COMMANDLINE
+        if given and flags[knob] != values[0]:
+            msg = f"{knob} is {flags[knob]} by its flag and {values[0]} by its pin: drop one"
+            raise UsageError(msg)
+    stage = pinned.get("zero_stage", flags["zero_stage"])
+    for knob in [name for name in pinned if stage not in BY_NAME[name].stages]:
+        value = pinned.pop(knob)
+        if knob not in question.pins.where_there and value != "none":
+            stages = ", ".join(map(str, BY_NAME[knob].stages))
+            msg = f"{knob} is of ZeRO {stages}: choose one with --zero-stage"
+            raise UsageError(msg)
+    return pinned
 
 
 def _setting(question: "Question", structure: Structure, micro_batch_size: int) -> Setting:

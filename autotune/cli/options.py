@@ -111,7 +111,7 @@ def _read_value(option: Option) -> Callable[..., Any]:
     def callback(ctx: click.Context, parameter: click.Parameter, text: Any) -> Any:  # noqa: ANN401 - text or texts
         if text == ():
             return None
-        if text is not None:
+        if text is not None and not option.is_config:
             try:
                 option.parse(text)
             except ValueError as error:

@@ -136,7 +136,7 @@ def show_plan(
     from autotune.documents import plan_document
     from autotune.prices import NO_PRICES
 
-    for note in question.cluster.notes:
+    for note in (*question.cluster.notes, *question.notes):
         click.echo(note, err=True)
     intake.start_processes(question)
     with tempfile.TemporaryDirectory(prefix="autotune-plan-") as scratch:

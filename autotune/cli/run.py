@@ -50,7 +50,7 @@ def execute(
         show_plan(question, as_json=as_json)
         return
     else:
-        for note in question.cluster.notes:
+        for note in (*question.cluster.notes, *question.notes):
             click.echo(note, err=True)
         if question.source.name.startswith("builtin:"):
             click.echo(

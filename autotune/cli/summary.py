@@ -49,6 +49,8 @@ def _plan_table(entries: list[dict[str, Any]]) -> str:
     columns = ["ZeRO", "micro-batch", "accumulation", "checkpointing", "offload"]
     columns += ["memory", "of the device", "tok/s"]
     more = [name for name in _TRAINING if entries and name in entries[0]]
+    others = [_other_knobs(entry["setting"]) for entry in entries]
+    columns += ["other knobs"] * any(others)
     columns += [_TRAINING[name] for name in more]
     rows = [
         [
@@ -61,11 +63,18 @@ def _plan_table(entries: list[dict[str, Any]]) -> str:
             + (" exact" if entry["source"] == "virtual run" else ""),
             bar(entry["memory"]["device_bytes"] / entry["budget_bytes"]),
             f"{entry['tokens_per_s']:.0f}",
+            *([other] if any(others) else []),
             *(_TRAINING_FORMATS[name](entry[name]) for name in more),
         ]
-        for entry in entries
+        for entry, other in zip(entries, others, strict=True)
     ]
     return table(columns, rows)
+
+
+def _other_knobs(setting: dict[str, Any]) -> str:
+    parameters = setting["offload_param"]
+    words = [f"parameters on {parameters}"] if parameters != "none" else []
+    return ", ".join([*words, *Setting.from_json(setting).structure.other_knobs()])
 
 
 _TRAINING = {"training_hours": "training", "training_cost": "cost"}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from autotune.outcome import Interrupted, Measured, Outcome, OutOfMemory, Rung
 from autotune.plan import Plan
-from autotune.setting import Structure, checkpointing_period
+from autotune.setting import BY_MODEL, Structure, checkpointing_period
 from autotune.space import Space
 
 Floats = NDArray[np.float64]
@@ -280,15 +280,28 @@ def _needs_as_much(plan: Plan, row: int, *, of_host: bool = False) -> Bools:
     return as_much
 
 
+_SIZES = (
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+)
+"""Knobs that save memory by being smaller."""
+
+
 def _savings(space: Space) -> Iterator[NDArray[Any]]:
     """Yield for each knob a number that grows with the memory it saves."""
     yield -space.micro_batch_size
     yield space.column("zero_stage")
     for place in ("offload_optimizer", "offload_param"):
         yield space.column(place) != "none"
-    yield space.column("attention") != "eager"
-    for other in ("sampling",):
-        # Nothing is known of which value saves memory, so that it has to be the same.
+    buckets = np.isin(space.column("zero_stage"), (1, 2))
+    yield ~(np.asarray(space.column("overlap_comm"), dtype=bool) & buckets)
+    for size in _SIZES:
+        values = space.column(size)
+        yield -np.where(values == BY_MODEL, np.inf, values)
+    # Of which value of these saves memory nothing is known, so that they have to be the same.
+    for other in ("sampling", "attention"):
         values = _codes(space, other)[space.structure_index]
         yield values
         yield -values

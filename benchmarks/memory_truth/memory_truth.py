@@ -27,6 +27,7 @@ from gloo_ranks import real_runs
 from autotune import environment, processes
 from autotune.emit import ds_config, train_spec
 from autotune.hardware import Cluster
+from autotune.knobs import Value
 from autotune.memory import estimate_memory, shards_of
 from autotune.profile.child import build_ops, profile_from_json, traced
 from autotune.profile.request import TraceRequest
@@ -92,6 +93,7 @@ class Case:
     padded: bool = False
     precision: Precision = "fp32"
     lora: bool = False
+    knobs: tuple[tuple[str, Value], ...] = ()
 
     def __str__(self) -> str:
         size = self.size
@@ -100,6 +102,7 @@ class Case:
             f"{self.ranks} ranks {self.checkpointing} m{self.micro_batch_size} s{self.seq_length} "
             f"x{self.accumulation} {'padded ' if self.padded else ''}{self.precision}"
             f"{' lora' if self.lora else ''}"
+            f"{''.join(f' {name}={value}' for name, value in self.knobs)}"
         )
 
 
@@ -206,10 +209,12 @@ class Bench:
         model = write_model(case.model, case.size, self._directory)
         profile = self._profile(model, case)
         job, cluster = _job(case, model), _cluster(case.ranks)
+        knobs: dict[str, Any] = dict(case.knobs)
         structure = Structure(
             zero_stage=case.zero_stage,
             checkpointing=case.checkpointing,
             attention=profile.attention,
+            **knobs,
         )
         setting = structure.with_micro_batch(
             case.micro_batch_size, case.ranks, job.global_batch_size
@@ -234,7 +239,7 @@ class Bench:
             padded=case.padded,
         )
         if case.zero_stage in {1, 2}:
-            request = replace(request, rank=shards_of(profile, case.ranks).worst_rank)
+            request = replace(request, rank=shards_of(profile, case.ranks, structure).worst_rank)
         return request, memory["allocated_bytes"]
 
     def _profile(self, model: Path, case: Case) -> ModelProfile:

@@ -1,0 +1,103 @@
+"""Structures that are in the space only where they may win."""
+
+from dataclasses import replace
+
+import numpy as np
+from records import LENGTHS, RATES, make_cluster, make_job, make_profile
+
+from autotune.hardware import Cluster
+from autotune.knobs import Pins
+from autotune.plan import Plan, make_plan
+from autotune.prune import frugality
+from autotune.setting import Structure
+from autotune.space import Space, enumerate_space
+from autotune.units import GIB
+from autotune.variants import WORTH_OVERLAPPING, with_frugal, with_overlap
+
+NOTHING_PINNED = Pins()
+PROFILE = make_profile(
+    # A quarter of a billion elements lie between the two thresholds of persistence.
+    trained_sizes=(60_000_000, *(20_000_000,) * 44, *(50_000,) * 200, 50_000_000),
+)
+
+
+def longer(
+    cluster: Cluster, *, link: float = RATES.link_bytes_per_s, pins: Pins = NOTHING_PINNED
+) -> tuple[Plan, Plan]:
+    """Return the plan before and after what may win is added."""
+    rates = replace(RATES, link_bytes_per_s=link)
+
+    def estimate(space: Space) -> Plan:
+        return make_plan(space, PROFILE, make_job(), cluster, rates, LENGTHS)
+
+    before = estimate(enumerate_space(cluster, 32, pins=pins))
+    overlapping = with_overlap(before, estimate, cluster, pins)
+    return before, with_frugal(overlapping, estimate, PROFILE, pins)
+
+
+def added(plans: tuple[Plan, Plan]) -> set[Structure]:
+    before, after = plans
+    assert after.space.structures[: len(before.space.structures)] == before.space.structures
+    return set(after.space.structures) - set(before.space.structures)
+
+
+def test_where_links_are_slow_and_all_fits_only_overlap_is_added() -> None:
+    found = added(longer(make_cluster(gpus=4, memory_bytes=900 * GIB), link=1e9))
+    assert {(one.zero_stage, one.overlap_comm) for one in found} == {(1, True), (2, True)}
+    assert {frugality(one) for one in found} == {0}
+
+
+def test_where_links_are_fast_there_is_nothing_to_hide() -> None:
+    assert added(longer(make_cluster(gpus=4, memory_bytes=900 * GIB), link=1e15)) == set()
+
+
+def test_overlap_hides_no_more_than_there_is() -> None:
+    before, after = longer(make_cluster(gpus=4, memory_bytes=900 * GIB), link=1e9)
+    for index, structure in enumerate(after.space.structures):
+        if structure not in added((before, after)):
+            continue
+        rows = np.flatnonzero(after.space.structure_index == index)
+        plain = replace(structure, overlap_comm=False)
+        settings = [after.space.setting(int(row)) for row in rows]
+        found = [before.row_of(replace(one, structure=plain)) for one in settings]
+        beside = np.array([row for row in found if row is not None])
+        assert len(beside) == len(rows)
+        saved = 1 - after.step_time_s[rows] / before.step_time_s[beside]
+        assert (saved >= 0).all()
+        assert saved.max() >= WORTH_OVERLAPPING
+        assert saved.max() < 1
+
+
+def test_where_memory_is_short_some_of_it_is_saved_by_what_is_not_outdone() -> None:
+    plans = longer(make_cluster(gpus=4, memory_bytes=9 * GIB))
+    found, after = added(plans), plans[1]
+    assert {frugality(one) for one in found} >= {1, 2}
+    assert {knob for one in found if (knob := one.offload_param) != "none"} <= {"cpu"}
+    kept = {after.space.structures[index] for index in after.space.structure_index[after.kept]}
+    assert found <= kept
+    for row in np.flatnonzero(after.kept).tolist():
+        structure = after.space.setting(row).structure
+        if frugality(structure):
+            needs = after.memory.device_bytes[row]
+            plain = replace(
+                structure,
+                reduce_bucket_size=Structure(zero_stage=0).reduce_bucket_size,
+                stage3_param_persistence_threshold=100_000,
+                offload_param="none",
+            )
+            beside = after.row_of(replace(after.space.setting(row), structure=plain))
+            assert beside is not None
+            assert needs < after.memory.device_bytes[beside]
+            assert not after.surely_fits[beside]
+
+
+def test_a_pinned_knob_is_left_as_it_is() -> None:
+    pins = Pins.of({"overlap_comm": [False], "reduce_bucket_size": [-1], "offload_param": ["none"]})
+    found = added(longer(make_cluster(gpus=4, memory_bytes=9 * GIB), link=1e9, pins=pins))
+    assert {one.overlap_comm for one in found} <= {False}
+    assert {one.reduce_bucket_size for one in found} <= {-1}
+    assert {one.offload_param for one in found} <= {"none"}
+
+
+def test_a_cpu_has_none_of_it_where_all_fits() -> None:
+    assert added(longer(make_cluster(cpu_ranks=2, memory_bytes=900 * GIB))) == set()
