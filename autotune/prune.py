@@ -5,7 +5,9 @@ micro-batch size what recomputes less is faster, so such a setting can only win 
 fit, and by no more than what is saved. So it is with knobs that do nothing but save memory.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +70,7 @@ def has_place_between(
 
 def best_beside(space: Space, surely_fits: Bools, tokens_per_s: Floats) -> Floats:
     """Return for each setting the best speed that fits, however its structure saves memory."""
-    families = np.unique([_spendthrift(one).key() for one in space.structures], return_inverse=True)
-    family = families[1][space.structure_index]
+    family = _numbered(space, _FAMILY)[space.structure_index]
     best = np.zeros(int(family.max(initial=0)) + 1)
     np.maximum.at(best, family[surely_fits], tokens_per_s[surely_fits])
     return best[family]
@@ -77,20 +78,25 @@ def best_beside(space: Space, surely_fits: Bools, tokens_per_s: Floats) -> Float
 
 def variants(space: Space) -> NDArray[np.int64]:
     """Return a number for each setting, the same for structures that differ in checkpointing."""
-    keys = [replace(structure, checkpointing="none").key() for structure in space.structures]
-    numbers: NDArray[np.int64] = np.unique(keys, return_inverse=True)[1]
-    return numbers[space.structure_index]
+    return _numbered(space, _VARIANT)[space.structure_index]
 
 
 def saves_memory(space: Space) -> Bools:
     """Tell which settings turn more knobs to save memory than others that are alike in the rest."""
-    keys = [_spendthrift(one).key() for one in space.structures]
-    turned = np.array([frugality(one) for one in space.structures])
-    names, family = np.unique(keys, return_inverse=True)
-    least = np.full(len(names), turned.max(initial=0))
+    turned = np.array(list(map(frugality, space.structures)))
+    family = _numbered(space, _FAMILY)
+    least = np.full(int(family.max(initial=0)) + 1, turned.max(initial=0))
     np.minimum.at(least, family, turned)
     saves: Bools = turned > least[family]
     return saves[space.structure_index]
+
+
+_PLAIN = {
+    "reduce_bucket_size": BY_MODEL,
+    "stage3_param_persistence_threshold": DEFAULT_PERSISTENCE_THRESHOLD,
+    "offload_param": "none",
+}
+"""Knobs that do nothing but save memory, and their values that save none."""
 
 
 def frugality(structure: Structure) -> int:
@@ -98,23 +104,17 @@ def frugality(structure: Structure) -> int:
 
     Offloading the optimizer is none of them: what it saves, it saves many times over.
     """
-    plain = _spendthrift(structure)
-    return sum(getattr(structure, knob) != getattr(plain, knob) for knob in _SAVING_KNOBS)
+    return sum(getattr(structure, knob) != plain for knob, plain in _PLAIN.items())
 
 
-_SAVING_KNOBS = (
-    "reduce_bucket_size",
-    "stage3_param_persistence_threshold",
-    "offload_param",
+_VARIANT = attrgetter(*(one.name for one in fields(Structure) if one.name != "checkpointing"))
+_FAMILY = attrgetter(
+    *(one.name for one in fields(Structure) if one.name not in {"checkpointing", *_PLAIN})
 )
 
 
-def _spendthrift(structure: Structure) -> Structure:
-    """Return the structure that saves nothing in the ways that are counted here."""
-    return replace(
-        structure,
-        checkpointing="none",
-        reduce_bucket_size=BY_MODEL,
-        stage3_param_persistence_threshold=DEFAULT_PERSISTENCE_THRESHOLD,
-        offload_param="none",
-    )
+def _numbered(space: Space, key: Callable[[Structure], object]) -> NDArray[np.int64]:
+    """Return a number for each structure, the same for those of the same key."""
+    numbers: dict[object, int] = {}
+    found = [numbers.setdefault(key(one), len(numbers)) for one in space.structures]
+    return np.array(found, dtype=np.int64)

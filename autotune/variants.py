@@ -57,7 +57,7 @@ def with_overlap(
     saved = 1 - step_time_s[-len(added) :] / step_time_s[plain]
     worth = (may_fit & (saved >= WORTH_OVERLAPPING)).any(axis=1)
     added = [added[place] for place in np.flatnonzero(worth)]
-    return estimate(_with(plan.space, added)) if added else plan
+    return _with_added(plan, estimate, added)
 
 
 def with_frugal(
@@ -83,7 +83,14 @@ def with_frugal(
     longer = estimate(_with(space, added))
     useful = {longer.space.structures[index] for index in _kept_structures(longer)}
     added = [one for one in added if one in useful]
-    return estimate(_with(space, added)) if added else plan
+    return _with_added(plan, estimate, added)
+
+
+def _with_added(plan: Plan, estimate: Callable[[Space], Plan], added: list[Structure]) -> Plan:
+    """Add structures, and what differs from them in checkpointing: some of it lies between."""
+    modes = dict.fromkeys(structure.checkpointing for structure in plan.space.structures)
+    alike = [replace(structure, checkpointing=mode) for structure in added for mode in modes]
+    return estimate(_with(plan.space, list(dict.fromkeys(alike)))) if added else plan
 
 
 def _savers(structure: Structure, profile: ModelProfile, pins: Pins) -> Iterator[Structure]:

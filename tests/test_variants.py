@@ -74,7 +74,11 @@ def test_where_memory_is_short_some_of_it_is_saved_by_what_is_not_outdone() -> N
     assert {frugality(one) for one in found} >= {1, 2}
     assert {knob for one in found if (knob := one.offload_param) != "none"} <= {"cpu"}
     kept = {after.space.structures[index] for index in after.space.structure_index[after.kept]}
-    assert found <= kept
+    assert {replace(one, checkpointing="none") for one in found} == {
+        replace(one, checkpointing="none") for one in found & kept
+    }
+    assert {one.checkpointing for one in found} == {"none", "full"}
+    assert len({one for one in found if one.checkpointing == "full"}) == len(found) / 2
     for row in np.flatnonzero(after.kept).tolist():
         structure = after.space.setting(row).structure
         if frugality(structure):
