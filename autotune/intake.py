@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from autotune.config import Options
 from autotune.dataset import Rows, Rules, Source, content_hash, prepare
 from autotune.dataset.packing import require_separation
 from autotune.dataset.rows import REPORTED
+from autotune.dataset.splitting import num_held_out
 from autotune.detect import detect
 from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
@@ -123,7 +125,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         "options": {
             name: value
             for name, value in options.values.items()
-            if name not in ("model", "dataset", "run_dir")
+            if name not in ("model", "dataset", "run_dir", "strict_handoff")
         },
     }
     text = json.dumps(facts, sort_keys=True)
@@ -266,7 +268,7 @@ def _look_at_data(
         )
     dataset = prepare(
         question.dataset,
-        model_dir=source.directory,
+        model_dir=source.tokenizer_directory,
         max_seq_length=limit,
         output=dataset_dir,
         trust_remote_code=job.trust_remote_code,
@@ -356,6 +358,9 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
         precision=precision,
         max_seq_length=max_seq_length,
         lora=lora_of(options),
+        trainer=tuple(sorted((options["trainer"] or {}).items())),
+        save_every_s=options["save_every"],
+        eval_share=options["eval_share"],
         **{
             name: options[name]
             for name in (
@@ -569,8 +574,9 @@ def total_steps(workload: Workload) -> int | None:
         return job.max_steps
     if workload.rows is None:
         return None
-    an_epoch = -(-workload.rows // job.global_batch_size)
-    return max(1, round(job.epochs * an_epoch))
+    rows = workload.rows - num_held_out(workload.rows, job.eval_share)
+    # As the Trainer counts them.
+    return math.ceil(job.epochs * -(-rows // job.global_batch_size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -605,7 +611,7 @@ def inspect_data(
     cache = cache_dir() / "datasets"
     profile = prepare(
         sources,
-        model_dir=source.directory,
+        model_dir=source.tokenizer_directory,
         max_seq_length=limit,
         output=output,
         trust_remote_code=options["trust_remote_code"],
@@ -617,7 +623,7 @@ def inspect_data(
     shown, decode = first_examples(
         sources[0],
         examples,
-        model_dir=source.directory,
+        model_dir=source.tokenizer_directory,
         max_seq_length=limit,
         trust=options["trust_remote_code"],
         rules=rules,

@@ -26,10 +26,12 @@ LAYERS = (
         "config",
         "devices",
         "prices",
+        "recovery",
+        "verify",
     ),
-    ("rundir", "environment", "processes", "session", "model_source", "builtin"),
+    ("rundir", "environment", "processes", "session", "model_source", "builtin", "chatglm3"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
-    ("intake", "documents", "virtual_judge"),
+    ("intake", "documents", "handoff", "virtual_judge"),
     ("pipeline",),
     ("cli",),
 )
@@ -44,7 +46,8 @@ BESIDE = {
     "partial_checkpointing": {"memory", "plan", "prune", "space", "throughput"},
     "remedy": {"devices", "memory", "plan", "space", "throughput"},
     "prices": {"devices"},
-    "model_source": {"builtin"},
+    "model_source": {"builtin", "chatglm3", "environment", "rundir"},
+    "chatglm3": {"rundir"},
     "processes": {"session"},
     "engine": {"dataset"},
     "profile": {"engine"},
@@ -52,11 +55,16 @@ BESIDE = {
     "tune": {"probe"},
     "train": {"engine", "dataset"},
     "documents": {"intake", "tune"},
+    "handoff": {"intake"},
     "virtual_judge": {"intake"},
 }
 """What a part may import from its own layer."""
 
-ENGINE_ROOMS = ("engine", "profile", "probe.worker", "train.entry", "train.adapters")
+ENGINE_ROOMS = (
+    *("engine", "profile", "probe.worker"),
+    *("train.entry", "train.adapters", "train.metrics", "train.state"),
+    *("train.stopping", "train.trainer"),
+)
 HOMES = {
     "torch": ENGINE_ROOMS,
     "deepspeed": ENGINE_ROOMS,
