@@ -99,9 +99,8 @@ def standard_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(key, expected) is not expected
     ]
     if unlike or config.get("pre_seq_len"):
-        msg = (
-            f"this ChatGLM model is no GLM ({(unlike or ['pre_seq_len'])[0]}): convert it yourself"
-        )
+        key = (unlike or ["pre_seq_len"])[0]
+        msg = f"this ChatGLM model is another network than GLM, as its {key} says: convert it first"
         raise ConfigError(msg)
     heads = config["num_attention_heads"]
     groups = config["multi_query_group_num"] if config.get("multi_query_attention") else heads
@@ -276,7 +275,13 @@ def _fast_tokenizer(model_file: Path) -> str:
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False) for token in (pieces[model.unk_id()], *controls)]
     )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    # Those of letters alone are none inside a word: "people" has no end of a piece in it.
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, single_word=token.isalpha())
+            for token in SPECIAL_TOKENS
+        ]
+    )
     text: str = tokenizer.to_str()
     return text
 
