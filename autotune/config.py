@@ -550,6 +550,7 @@ def resolve(layers: Sequence[Layer]) -> Options:
                 raise ConfigError(msg) from None
             sources[option.name] = layer.source
     _follow_method(values, sources)
+    _require_rows_to_evaluate(values, sources)
     return Options(values=values, sources=sources)
 
 
@@ -569,6 +570,17 @@ def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:
         "lora_targets": [ALL_LINEAR],
     }
     values.update({name: value for name, value in followed.items() if values[name] is None})
+
+
+def _require_rows_to_evaluate(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    asked = (values["trainer"] or {}).get("eval_strategy", "no")
+    # YAML reads a bare no as false.
+    if asked not in ("no", False) and not values["eval_share"]:
+        msg = (
+            f"{sources['trainer']}: eval_strategy {asked} has no rows to evaluate on: hold some "
+            "out with --eval-share 0.05"
+        )
+        raise ConfigError(msg)
 
 
 def _find(key: Any, source: str) -> Option:  # noqa: ANN401 - a YAML key

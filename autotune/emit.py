@@ -14,6 +14,15 @@ ADAM_EPS = 1e-8
 
 _CHECKPOINTS_A_TRAINING = 4
 
+BETWEEN_STEPS_NOTHING = {
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "load_best_model_at_end": False,
+    "report_to": "none",
+}
+"""Arguments of a Trainer that is stepped by hand."""
+
 
 def ds_config(
     job: Job, setting: Setting, profile: ModelProfile, cluster: Cluster

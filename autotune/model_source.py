@@ -179,6 +179,9 @@ def _from_hub(model: str) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        # To plan with; a training would miss its tokenizer.
+        if (preset := _presets().get(model.rpartition("/")[2].casefold())) is not None:
+            return preset
         reason = str(error).strip().splitlines()[0]
         nearest = difflib.get_close_matches(model.casefold(), _presets(), n=3, cutoff=0.0)
         msg = (

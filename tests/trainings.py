@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from records import make_cluster
+
 from autotune import builtin, emit, environment, intake
 from autotune.config import Layer, resolve
 from autotune.hardware import Cluster
+from autotune.profile.child import profile_from_json
 from autotune.setting import Structure
 from autotune.workload import Job, ModelProfile
 
@@ -65,6 +68,15 @@ class Workshop:
         config = emit.ds_config(self.job, setting, self.profile, cluster)
         (directory / "ds_config.json").write_text(json.dumps(config))
         return directory
+
+
+def of_run(run_dir: Path) -> Workshop:
+    """Return what the trainings of a tuned run are emitted from."""
+    fields = json.loads((run_dir / "result.json").read_text())["job"]
+    profile = json.loads((run_dir / "profile.json").read_text())
+    profile.pop("schema")
+    cluster = replace(make_cluster(cpu_ranks=2), threads_per_rank=1)
+    return Workshop(Job(**fields), profile_from_json(profile), cluster, run_dir / "dataset")
 
 
 def small_model(directory: Path, **changes: Any) -> Path:  # noqa: ANN401 - keys of config.json

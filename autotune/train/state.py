@@ -79,7 +79,7 @@ class EngineState:
             return parameter if key == _WEIGHT else self._inner.state[parameter][key]
         flat, start = self._views[parameter]
         source: torch.Tensor = flat if key == _WEIGHT else self._inner.state[flat][key]
-        return source.narrow(0, start, parameter.numel()).view(parameter.shape)
+        return source.view(-1).narrow(0, start, parameter.numel()).view(parameter.shape)
 
     @property
     def step(self) -> int:
@@ -144,9 +144,14 @@ def _shape(parameter: Any) -> torch.Size:  # noqa: ANN401 - attributes of DeepSp
 
 
 def _views_of_groups(optimizer: Any) -> dict[torch.Tensor, tuple[torch.Tensor, int]]:  # noqa: ANN401
-    """Return where a parameter lies in the flat fp32 weights of an optimizer without ZeRO."""
-    views = {}
+    """Return where a parameter lies in the fp32 weights of an optimizer without ZeRO.
+
+    DeepSpeed keeps them flat by group for optimizers that are fused, one by one for others.
+    """
+    views: dict[torch.Tensor, tuple[torch.Tensor, int]] = {}
     groups = getattr(optimizer, "fp16_groups", ())
+    for group, weights in zip(groups, getattr(optimizer, "fp32_groups", ()), strict=False):
+        views |= {parameter: (weight, 0) for parameter, weight in zip(group, weights, strict=True)}
     for group, flat in zip(groups, getattr(optimizer, "fp32_groups_flat", ()), strict=False):
         start = 0
         for parameter in group:
