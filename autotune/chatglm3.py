@@ -236,7 +236,7 @@ def _convert_tokenizer(original: Path, directory: Path) -> None:
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": ["input_ids", "attention_mask", "position_ids"],
+            "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": "left",
             "eos_token": "</s>",
             "pad_token": "<unk>",

@@ -30,11 +30,8 @@ def test_there_are_as_many_as_the_table_names() -> None:
 )
 def test_it_is_read_and_planned(path: Path, tmp_path: Path) -> None:
     where = PLANNED_ON[path.name]
-    if where == "this machine":
-        rows = ["--dataset", QUICKSTART]
-    else:
-        # A published model's configuration has no tokenizer to read data with.
-        rows = ["--gpus", where]
+    # A published model's configuration has no tokenizer to read data with.
+    rows = ["--dataset", QUICKSTART] if where == "this machine" else ["--gpus", where]
 
     done = autotune("plan", "--config", path, *rows, "--json", cwd=tmp_path)
 
