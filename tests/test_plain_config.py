@@ -15,11 +15,11 @@ WITH_TRAINER = """
 import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 model_dir, ds_config, accumulation = sys.argv[1:4]
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
 arguments = TrainingArguments(
     output_dir="out", deepspeed=ds_config, use_cpu=True, max_steps=3, logging_steps=1,
     per_device_train_batch_size=2, gradient_accumulation_steps=int(accumulation),
     learning_rate=1e-3, save_strategy="no", report_to="none", disable_tqdm=True)
-model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
 ids = torch.arange(3, 19)
 rows = [{"input_ids": ids, "labels": ids}] * 32
 trainer = Trainer(model=model, args=arguments, train_dataset=rows)

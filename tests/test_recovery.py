@@ -190,6 +190,27 @@ def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(
     assert_as_undisturbed(disturbed.run, undisturbed)
 
 
+@pytest.mark.slow
+def test_a_strict_hand_off_stops_where_the_promise_is_not_held(tuned: Path, rows: Path) -> None:
+    run = RunDir(tuned)
+    emitted = read_json(run.fallbacks)
+    emitted["chosen"]["promise"]["tokens_per_s"] *= 100
+    run.fallbacks.write_text(json.dumps(emitted))
+    command = [*arguments(rows), "--run-dir", str(tuned)]
+
+    strict = autotune(*command, "--strict-handoff", cwd=tuned.parent, timeout=LIMIT_S)
+
+    assert strict.returncode == 72, strict.stderr
+    assert "slower than probed" in strict.stderr.splitlines()[-1]
+    assert list((tuned / "training").glob("checkpoint-*/complete"))
+    result = read_json(run.result)
+    assert not result["handoff"]["within"]
+    assert result["handoff"]["seen"]["speed_deviation"] < -0.9
+    went_on = autotune(*command, cwd=tuned.parent, timeout=LIMIT_S)
+    assert went_on.returncode == 0, went_on.stderr
+    assert [line["step"] for line in metrics(tuned)] == list(range(1, STEPS + 1))
+
+
 LONG_ROW, CAP_BYTES = 1500, 500 << 20
 """One row of so many tokens fits into the cap with checkpointing, and four at once do not."""
 

@@ -77,7 +77,9 @@ class Training:
             InterruptedRunError: stopped from outside, a checkpoint saved if a step was taken.
             TrainingFailedError: `progress` raised it; a checkpoint is saved too.
         """
+        # What an earlier start has left.
         take_deaths(self._output_dir)
+        (self._output_dir / STOPPED).unlink(missing_ok=True)
         log_start = self._log.stat().st_size if self._log.exists() else 0
         follower = _Follower(self._output_dir / "metrics.jsonl")
         process = self._start()
