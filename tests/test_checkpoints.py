@@ -1,5 +1,6 @@
 """A checkpoint is complete or not there; any ZeRO stage on any number of ranks goes on from it."""
 
+import json
 import shutil
 import signal
 import time
@@ -128,3 +129,37 @@ def test_a_checkpoint_is_saved_by_the_clock_and_before_a_step_larger_than_any_pr
     records = [step for step, one in enumerate(longest) if one > max([20, *longest[:step]])]
     assert {int(path.parent.name.rpartition("-")[2]) for path in saved} >= set(records[:1])
     assert 1 <= len(saved) < STEPS
+
+
+def evaluations(directory: Path) -> list[float]:
+    lines = (directory / "training" / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line)["eval_loss"] for line in lines]
+
+
+@pytest.mark.slow
+def test_rows_held_out_are_judged_alike_and_the_best_model_is_kept(
+    shop: Workshop, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    trainer = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    # So fast that it gets worse.
+    trainer |= {"load_best_model_at_end": True, "learning_rate": 0.3}
+    ones: dict[str, Any] = {"micro_batch_size": 1, "ranks": 1, "zero_stage": 0}
+    seen, directories = [], []
+    for place, knobs in enumerate((KNOBS, ones)):
+        directory = shop.emit(tmp_path / str(place), **knobs, eval_share=0.2, trainer=trainer)
+        config = json.loads((directory / "ds_config.json").read_text())
+        config["optimizer"]["params"]["lr"] = 0.3
+        (directory / "ds_config.json").write_text(json.dumps(config))
+        train(directory, knobs["ranks"])
+        seen.append(evaluations(directory))
+        directories.append(directory)
+
+    assert len(seen[0]) == STEPS // 2
+    assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-3)
+    best = 2 * (1 + min(range(len(seen[0])), key=lambda place: seen[0][place]))
+    training = directories[0] / "training"
+    kept = load_file(training / f"checkpoint-{best}" / "model.safetensors")
+    final = load_file(directories[0] / "model" / "model.safetensors")
+    assert all(final[name].equal(weight) for name, weight in kept.items())

@@ -145,6 +145,11 @@ class ResumableTrainer(TunedTrainer):
                 load_state(self.deepspeed, self._schedule, Path(resume_from_checkpoint))
         return prepared  # type: ignore[no-any-return] # the Trainer has no types
 
+    def _load_best_model(self) -> None:
+        """Bring weights and states back to the best checkpoint, as load_best_model_at_end asks."""
+        with self.uncapped():
+            load_state(self.deepspeed, self._schedule, Path(self.state.best_model_checkpoint))
+
     @property
     def _schedule(self) -> Any:  # noqa: ANN401 - accelerate wraps torch's scheduler
         return getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
