@@ -1,6 +1,7 @@
 """What a user hands to the Trainer is read by transformers itself before anything is spent."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def test_what_transformers_takes_is_taken(tmp_path: Path) -> None:
         ({"evaluation_stategy": "steps"}, "the nearest is 'eval_strategy'"),
         ({"eval_strategy": "sometimes"}, "sometimes"),
         ({"report_to": "nobody"}, "nobody"),
+        pytest.param(
+            {"report_to": "comet_ml"},
+            "comet",
+            marks=pytest.mark.skipif(find_spec("comet_ml") is not None, reason="it is installed"),
+        ),
     ],
 )
 def test_what_it_does_not_take_is_refused(

@@ -224,7 +224,9 @@ def _read_trainer_arguments(arguments: dict[str, Any], device_kind: str, path: s
                 msg = f"transformers knows no argument {name!r}; the nearest is {nearest!r}"
                 raise ConfigError(msg)
         made = TrainingArguments(use_cpu=device_kind == "cpu", **arguments)
-        get_reporting_integration_callbacks(made.report_to)
+        for tracker in get_reporting_integration_callbacks(made.report_to):
+            # Which says what is not installed.
+            tracker()
         return {}
 
     _answer(path, read)
