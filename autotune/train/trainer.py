@@ -56,6 +56,10 @@ class ResumableTrainer(TunedTrainer):
         return self._batches
 
     def _run_epoch(self, **arguments: Any) -> None:  # noqa: ANN401 - Trainer's signature
+        # The Trainer would take a step more from a checkpoint of the last one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
         # A dataloader that skips rows after a resume does not hand the epoch on.
         if self._batches is not None:
             self._batches.set_epoch(arguments["epoch"])
