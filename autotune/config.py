@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+import yaml
+
 from autotune.errors import ConfigError
 from autotune.knobs import KNOBS, read_pins
 from autotune.units import parse_bytes, parse_duration
@@ -40,6 +42,37 @@ AUTO = "auto"
 
 _LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
 _OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge")
+
+_TUNED = "it is part of the setting that is tuned"
+_OWN_ARGUMENTS = {
+    "per_device_train_batch_size": _TUNED,
+    "gradient_accumulation_steps": _TUNED,
+    "gradient_checkpointing": _TUNED,
+    "auto_find_batch_size": _TUNED,
+    "train_sampling_strategy": _TUNED,
+    "deepspeed": _TUNED,
+    "output_dir": "use --run-dir",
+    "num_train_epochs": "use --epochs",
+    "max_steps": "use --max-steps",
+    "learning_rate": "use --learning-rate",
+    "lr_scheduler_type": "use --lr-scheduler",
+    "warmup_steps": "use --warmup-ratio",
+    "warmup_ratio": "use --warmup-ratio",
+    "weight_decay": "use --weight-decay",
+    "max_grad_norm": "use --max-grad-norm",
+    "bf16": "use --precision",
+    "fp16": "use --precision",
+    "seed": "use --seed",
+    "data_seed": "use --seed",
+    "use_cpu": "use --devices",
+    "optim": "the emitted DeepSpeed config names the optimizer",
+    "adam_beta1": "the emitted DeepSpeed config names the optimizer",
+    "adam_beta2": "the emitted DeepSpeed config names the optimizer",
+    "adam_epsilon": "the emitted DeepSpeed config names the optimizer",
+    "remove_unused_columns": "the rows are tokenised already",
+    "dataloader_drop_last": "every row of an epoch is trained on",
+}
+"""Arguments of transformers' TrainingArguments that follow from something else, and from what."""
 
 _MAX_WHOLE = 2**63 - 1
 _MAX_SEED = 2**32 - 1
@@ -121,6 +154,29 @@ def _texts(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one o
     if isinstance(value, dict):
         value = [f"{name}={entry}" for name, entry in value.items()]
     return tuple(_text(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _trainer_arguments(value: Any) -> dict[str, Any]:  # noqa: ANN401 - YAML or text
+    """Read key=value, or a mapping; values are YAML, so that 10 is a number and yes is true."""
+    if isinstance(value, dict):
+        given = dict(value)
+    else:
+        given = {}
+        for text in _texts(value):
+            name, separator, content = text.partition("=")
+            if not separator:
+                msg = f"{text!r} is not key=value"
+                raise ValueError(msg)
+            try:
+                given[name] = yaml.safe_load(content)
+            except yaml.YAMLError:
+                msg = f"the value of {text!r} is not YAML"
+                raise ValueError(msg) from None
+    for name in given:
+        if name in _OWN_ARGUMENTS:
+            msg = f"{name} is not yours to set here: {_OWN_ARGUMENTS[name]}"
+            raise ValueError(msg)
+    return given
 
 
 def _targets(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one or a list
@@ -439,6 +495,36 @@ OPTIONS: tuple[Option, ...] = (
         help="Leave out what earlier runs of such a job have measured.",
     ),
     Option(
+        name="eval_share",
+        parse=_share,
+        default=0.0,
+        metavar="X",
+        help="Share of the rows to hold out of the training, and evaluate on after each epoch.",
+    ),
+    Option(
+        name="save_every",
+        parse=_duration,
+        default=None,
+        metavar="TIME",
+        help="Save a checkpoint after so much time, 10m for instance [after each quarter].",
+    ),
+    Option(
+        name="trainer",
+        parse=_trainer_arguments,
+        default=None,
+        metavar="KEY=VALUE",
+        help="An argument of transformers' TrainingArguments for the training: eval_steps=50, "
+        "report_to=tensorboard. May be repeated.",
+        multiple=True,
+    ),
+    Option(
+        name="strict_handoff",
+        parse=_flag,
+        default=False,
+        metavar="",
+        help="Stop the training when its first steps do not hold what was probed.",
+    ),
+    Option(
         name="trust_remote_code",
         parse=_flag,
         default=False,
@@ -504,6 +590,7 @@ def resolve(layers: Sequence[Layer]) -> Options:
             values[option.name] = read_option(option.name, value, f"{layer.source}: {key}")
             sources[option.name] = layer.source
     _follow_method(values, sources)
+    _require_rows_to_evaluate(values, sources)
     return Options(values=values, sources=sources)
 
 
@@ -536,6 +623,17 @@ def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:
         "lora_targets": [ALL_LINEAR],
     }
     values.update({name: value for name, value in followed.items() if values[name] is None})
+
+
+def _require_rows_to_evaluate(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    asked = (values["trainer"] or {}).get("eval_strategy", "no")
+    # YAML reads a bare no as false.
+    if asked not in ("no", False) and not values["eval_share"]:
+        msg = (
+            f"{sources['trainer']}: eval_strategy {asked} has no rows to evaluate on: hold some "
+            "out with --eval-share 0.05"
+        )
+        raise ConfigError(msg)
 
 
 def _find(key: Any, source: str) -> Option:  # noqa: ANN401 - a YAML key

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from autotune.emit import ds_config
+from autotune.emit import ds_config, train_spec
 from autotune.errors import UsageError
 from autotune.hardware import Cluster
 from autotune.intake import NamedHardware, Workload, estimate_setting, total_steps
@@ -22,6 +22,7 @@ from autotune.setting import Setting
 from autotune.tune.loop import Tuned
 
 _MAX_FALLBACKS = 5
+_LESS = 0.75
 
 ARITHMETIC, VIRTUAL_RUN = "arithmetic", "virtual run"
 """Where the memory of an estimate comes from."""
@@ -71,28 +72,90 @@ def _break_even_step(default: Outcome | None, chosen: Measured, tuning_s: float)
     return math.ceil(tuning_s / (default.step_time_s - chosen.step_time_s))
 
 
-def fallbacks(workload: Workload, tuned: Tuned, chosen: Setting) -> list[dict[str, Any]]:
-    """Return the next best measured settings that need less memory than the chosen one."""
-    peaks = {
+def emission(
+    workload: Workload, tuned: Tuned, chosen: Setting
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what is emitted of the chosen setting, and of the ladder of fallbacks below it.
+
+    The ladder has the best measured settings that need less memory, then estimated ones, each the
+    fastest that needs a quarter less than the one before it.
+    """
+    measured = {
         rung.setting: rung.outcome for rung in tuned.rungs if isinstance(rung.outcome, Measured)
     }
-    lighter = [
-        (setting, outcome)
-        for setting, outcome in peaks.items()
-        if outcome.peak_bytes < peaks[chosen].peak_bytes
+    peak = measured[chosen].peak_bytes
+    lighter = [one for one in measured if measured[one].peak_bytes < peak]
+    lighter.sort(key=lambda one: -measured[one].tokens_per_s)
+    ladder = [_emitted(workload, one, measured[one]) for one in lighter[:_MAX_FALLBACKS]]
+    return _emitted(workload, chosen, measured[chosen]), [
+        *ladder,
+        *_estimated_below(workload, chosen, measured),
     ]
-    lighter.sort(key=lambda pair: -pair[1].tokens_per_s)
-    return [
-        {
-            "setting": setting.to_json(),
+
+
+def _emitted(workload: Workload, setting: Setting, outcome: Measured) -> dict[str, Any]:
+    longest = int(workload.lengths.max())
+    return _files(workload, setting) | {
+        "source": "measured",
+        "tokens_per_s": outcome.tokens_per_s,
+        "peak_bytes": outcome.peak_bytes,
+        "promise": {
             "tokens_per_s": outcome.tokens_per_s,
             "peak_bytes": outcome.peak_bytes,
-            "ds_config": ds_config(
-                workload.job, setting, workload.profile, workload.question.cluster
-            ),
-        }
-        for setting, outcome in lighter[:_MAX_FALLBACKS]
-    ]
+            "tokens_per_step": outcome.tokens_per_s * outcome.step_time_s,
+            "longest_row": longest,
+        },
+    }
+
+
+def _files(workload: Workload, setting: Setting) -> dict[str, Any]:
+    job, cluster = workload.job, workload.question.cluster
+    spec = train_spec(
+        job,
+        setting,
+        cluster,
+        dataset_dir="dataset",
+        output_dir="training",
+        model_output_dir="model",
+        probed_tokens=setting.micro_batch_size * int(workload.lengths.max()),
+    )
+    return {
+        "setting": setting.to_json(),
+        "ds_config": ds_config(job, setting, workload.profile, cluster),
+        "train_args": spec.to_json(),
+    }
+
+
+def _estimated_below(
+    workload: Workload, chosen: Setting, measured: Mapping[Setting, Measured]
+) -> list[dict[str, Any]]:
+    """Return fallbacks that were not probed, scaled by how the chosen one was misjudged."""
+    plan = workload.plan
+    row = plan.row_of(chosen)
+    assert row is not None, "a probed setting is one of the plan"
+    memory = measured[chosen].peak_bytes / plan.memory.device_bytes[row]
+    peaks = plan.memory.device_bytes * memory
+    speeds = plan.tokens_per_s * (measured[chosen].tokens_per_s / plan.tokens_per_s[row])
+    entries: list[dict[str, Any]] = []
+    limit = _LESS * float(peaks[row])
+    while len(entries) < _MAX_FALLBACKS:
+        fitting = np.flatnonzero(plan.fits & (peaks < limit))
+        if not len(fitting):
+            break
+        best = int(fitting[np.argmax(speeds[fitting])])
+        limit = _LESS * float(peaks[best])
+        setting = plan.space.setting(best)
+        if setting in measured:
+            continue
+        entries.append(
+            _files(workload, setting)
+            | {
+                "source": "estimated",
+                "tokens_per_s": float(speeds[best]),
+                "peak_bytes": float(peaks[best]),
+            }
+        )
+    return entries
 
 
 def estimate_document(

@@ -14,6 +14,15 @@ ADAM_EPS = 1e-8
 
 _CHECKPOINTS_A_TRAINING = 4
 
+BETWEEN_STEPS_NOTHING = {
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "load_best_model_at_end": False,
+    "report_to": "none",
+}
+"""Arguments of a Trainer that is stepped by hand."""
+
 
 def ds_config(
     job: Job, setting: Setting, profile: ModelProfile, cluster: Cluster
@@ -112,8 +121,12 @@ def train_spec(
     dataset_dir: str,
     output_dir: str,
     model_output_dir: str,
+    probed_tokens: int | None = None,
 ) -> TrainSpec:
-    """Return what the trainer gets besides the DeepSpeed config, in agreement with it."""
+    """Return what the trainer gets besides the DeepSpeed config, in agreement with it.
+
+    `probed_tokens` is the size of the largest micro-batch that it was probed with.
+    """
     return TrainSpec(
         model_dir=job.model_dir,
         from_scratch=job.from_scratch,
@@ -130,6 +143,9 @@ def train_spec(
         trainer=_trainer_arguments(job, setting, output_dir),
         lora=job.lora,
         merge=job.merge,
+        eval_share=job.eval_share,
+        save_every_s=job.save_every_s,
+        probed_tokens=probed_tokens,
     )
 
 
@@ -137,6 +153,7 @@ def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str,
     # The Trainer refuses what disagrees with the config.
     theirs = job.deepspeed.get("optimizer", {}).get("params", {})
     betas = theirs.get("betas", ADAM_BETAS)
+    evaluation = {"eval_strategy": "epoch", "prediction_loss_only": True} if job.eval_share else {}
     return {
         "output_dir": output_dir,
         "per_device_train_batch_size": setting.micro_batch_size,
@@ -160,12 +177,15 @@ def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str,
         "dataloader_drop_last": False,
         "remove_unused_columns": False,
         "logging_steps": 1,
-        "save_strategy": "steps",
+        "save_strategy": "no" if job.save_every_s else "steps",
         # Below one this is a share of the steps too; the last step is always saved.
         "save_steps": 1 / _CHECKPOINTS_A_TRAINING,
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
+        "per_device_eval_batch_size": setting.micro_batch_size,
+        **evaluation,
+        **dict(job.trainer),
     }
 
 
@@ -183,8 +203,11 @@ exec {shlex.join(torchrun_command(python, num_ranks))} --output-dir by-hand "$@"
 """
 
 
-def torchrun_command(python: str, num_ranks: int) -> list[str]:
-    """Return the command that trains from the emitted files in the current directory."""
+def torchrun_command(python: str, num_ranks: int, files: str = "") -> list[str]:
+    """Return the command that trains from the emitted files in the current directory.
+
+    `files` is put before their names.
+    """
     return [
         python,
         "-m",
@@ -197,7 +220,7 @@ def torchrun_command(python: str, num_ranks: int) -> list[str]:
         "-m",
         "autotune.train.entry",
         "--ds-config",
-        "ds_config.json",
+        f"{files}ds_config.json",
         "--train-args",
-        "train_args.json",
+        f"{files}train_args.json",
     ]

@@ -19,6 +19,8 @@ RANK_ENVIRONMENT: Mapping[str, str] = {
     # Where this counts all ranks, as some MPIs set it, DeepSpeed makes segments of shared memory,
     # which a killed rank leaves behind.
     "LOCAL_SIZE": "0",
+    # torchrun hands these on to its ranks, which save a checkpoint and end; else it would just end.
+    "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
     # The model is on this disk by now; a rank that asks the hub would only wait.
     "HF_HUB_OFFLINE": "1",
 }

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from autotune.config import Options
 from autotune.dataset import Rows, Rules, Source, content_hash, prepare
 from autotune.dataset.packing import require_separation
 from autotune.dataset.rows import REPORTED
+from autotune.dataset.splitting import num_held_out
 from autotune.detect import detect
 from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
@@ -63,6 +65,10 @@ _MEMORY_STEP = 256 * MIB
 
 ATTENTION = "sdpa"
 _BF16_CAPABILITY = (8, 0)
+
+
+_OF_NO_MATTER = ("model", "dataset", "run_dir", "ds_config", "no_cache", "strict_handoff")
+"""Options that do not make another run of it; model, data and config count by their content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,9 +145,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         "cluster": cluster.identity(),
         "versions": versions() | {"autotune": __version__},
         "options": {
-            name: value
-            for name, value in options.values.items()
-            if name not in ("model", "dataset", "run_dir", "ds_config", "no_cache")
+            name: value for name, value in options.values.items() if name not in _OF_NO_MATTER
         },
     }
     if kept:
@@ -324,7 +328,7 @@ def _look_at_data(
         )
     dataset = prepare(
         question.dataset,
-        model_dir=source.directory,
+        model_dir=source.tokenizer_directory,
         max_seq_length=limit,
         output=dataset_dir,
         trust_remote_code=job.trust_remote_code,
@@ -468,6 +472,9 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
         precision=precision,
         max_seq_length=max_seq_length,
         lora=lora_of(options),
+        trainer=tuple(sorted((options["trainer"] or {}).items())),
+        save_every_s=options["save_every"],
+        eval_share=options["eval_share"],
         **{
             name: options[name]
             for name in (
@@ -681,8 +688,9 @@ def total_steps(workload: Workload) -> int | None:
         return job.max_steps
     if workload.rows is None:
         return None
-    an_epoch = -(-workload.rows // job.global_batch_size)
-    return max(1, round(job.epochs * an_epoch))
+    rows = workload.rows - num_held_out(workload.rows, job.eval_share)
+    # As the Trainer counts them.
+    return math.ceil(job.epochs * -(-rows // job.global_batch_size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -717,7 +725,7 @@ def inspect_data(
     cache = cache_dir() / "datasets"
     profile = prepare(
         sources,
-        model_dir=source.directory,
+        model_dir=source.tokenizer_directory,
         max_seq_length=limit,
         output=output,
         trust_remote_code=options["trust_remote_code"],
@@ -729,7 +737,7 @@ def inspect_data(
     shown, decode = first_examples(
         sources[0],
         examples,
-        model_dir=source.directory,
+        model_dir=source.tokenizer_directory,
         max_seq_length=limit,
         trust=options["trust_remote_code"],
         rules=rules,

@@ -4,12 +4,14 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from autotune import builtin
+from autotune import builtin, chatglm3
+from autotune.environment import cache_dir
 from autotune.errors import ConfigError, InputMissingError
+from autotune.rundir import write_json, writing
 
 _BUILTIN = "builtin:"
 _WEIGHTS = ("*.safetensors",)
@@ -25,17 +27,35 @@ _UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth")
 class ModelSource:
     """A directory with config.json, and what the model recommends for options nobody set.
 
-    `from_scratch` says that there are no weights, so that training starts from random ones.
+    `from_scratch` says that there are no weights, so that training starts from random ones. Where
+    the model is one in a form of its own, that is in `original`, and `directory` holds the standard
+    form of it: the configuration at once, the rest after `complete`.
     """
 
     name: str
     directory: Path
     from_scratch: bool
     recommended: Mapping[str, float]
+    original: Path | None = None
 
     @property
     def short_name(self) -> str:
         return Path(self.name.removeprefix(_BUILTIN)).name
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer is that the data is read with."""
+        return self.original or self.directory
+
+    def complete(self) -> None:
+        """Put weights and tokenizer of a model in a form of its own into the standard one.
+
+        Raises:
+            ConfigError: a tensor has no place in it.
+            CannotWriteError: there is no room for them.
+        """
+        if self.original is not None:
+            chatglm3.convert(self.original, self.directory)
 
     def content_hash(self) -> str:
         """Return a hash of configuration and tokenizer, and of samples of the weights.
@@ -43,7 +63,7 @@ class ModelSource:
         Reading all weights would take minutes; a training changes every part of them.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for path in sorted(self.directory.iterdir()):
+        for path in sorted(self.tokenizer_directory.iterdir()):
             if path.match("*.safetensors"):
                 digest.update(f"{path.name} {path.stat().st_size}".encode())
                 digest.update(_sampled(path))
@@ -106,9 +126,22 @@ def find_model(model: str) -> ModelSource:
             "convert them to safetensors"
         )
         raise ConfigError(msg)
-    return ModelSource(
+    source = ModelSource(
         name=model, directory=directory.resolve(), from_scratch=not has_weights, recommended={}
     )
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return _in_standard_form(source, config) if chatglm3.is_original(config) else source
+
+
+def _in_standard_form(source: ModelSource, config: Mapping[str, object]) -> ModelSource:
+    """Return the model with its configuration in standard form, in the cache."""
+    standard = chatglm3.standard_config(config)
+    directory = cache_dir() / "models" / source.content_hash()
+    if not (directory / "config.json").exists():
+        with writing(directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(directory / "config.json", standard)
+    return replace(source, directory=directory, original=source.directory)
 
 
 def _presets() -> dict[str, Path]:
@@ -146,6 +179,9 @@ def _from_hub(model: str) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        # To plan with; a training would miss its tokenizer.
+        if (preset := _presets().get(model.rpartition("/")[2].casefold())) is not None:
+            return preset
         reason = str(error).strip().splitlines()[0]
         nearest = difflib.get_close_matches(model.casefold(), _presets(), n=3, cutoff=0.0)
         msg = (

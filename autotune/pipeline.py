@@ -15,8 +15,8 @@ import numpy as np
 from autotune import __version__
 from autotune.config import AUTO, Options
 from autotune.detect.nvidia import used_bytes
-from autotune.documents import fallbacks, plan_document, tuning_figures
-from autotune.emit import ds_config, launch_script, torchrun_command, train_spec
+from autotune.documents import emission, plan_document, tuning_figures
+from autotune.emit import ds_config, launch_script
 from autotune.engine.ops import needed_ops
 from autotune.environment import rank_environment, versions
 from autotune.errors import (
@@ -24,9 +24,9 @@ from autotune.errors import (
     InputMissingError,
     InterruptedRunError,
     NothingFitsError,
-    TrainingFailedError,
     UsageError,
 )
+from autotune.handoff import Handoff, require_trainable
 from autotune.hardware import Cluster
 from autotune.intake import Question, Workload, ask, look_into, start_processes, total_steps
 from autotune.outcome import Measured, Rung
@@ -38,7 +38,7 @@ from autotune.rundir import RunDir, read_json, write_json, write_text
 from autotune.setting import Setting, Structure
 from autotune.tune.loop import Tuned, Tuner, write_study
 from autotune.tune.site import JobSite
-from autotune.units import format_bytes
+from autotune.units import format_bytes, format_duration
 from autotune.virtual_judge import VirtualJudge
 
 _log = logging.getLogger(__name__)
@@ -117,7 +117,9 @@ class Run:
         known = self.dir.read_rungs()
         for rung in known:
             self._count(rung)
-        self._figures = self._figures_before() or self._tune_and_emit(known)
+        self._figures = self._figures_before() or self._tune_and_emit(
+            known, with_training=with_training
+        )
         result = self._write_result({"exit_reason": "tuned", "exit_code": 0} | self._figures)
         if with_training:
             self._enter("train")
@@ -135,13 +137,14 @@ class Run:
             return {}
         return {name: value for name, value in before.items() if name not in _ENVELOPE}
 
-    def _tune_and_emit(self, known: list[Rung]) -> dict[str, Any]:
+    def _tune_and_emit(self, known: list[Rung], *, with_training: bool) -> dict[str, Any]:
         self._enter("detect")
         write_json(self.dir.run, self._run_json())
         start_processes(self.question)
         self._enter("profile")
         workload = look_into(self.question, dataset_dir=self.dir.dataset, logs=self.dir.logs)
         self._write_workload(workload)
+        require_trainable(workload, self.dir, with_training=with_training)
         self._enter("tune")
         started = time.monotonic()
         tuned = self._tune(workload, known)
@@ -256,23 +259,17 @@ class Run:
             }
 
     def _emit(self, workload: Workload, setting: Setting, tuned: Tuned) -> None:
-        job, cluster, profile = workload.job, self.question.cluster, workload.profile
-        spec = train_spec(
-            job,
-            setting,
-            cluster,
-            dataset_dir="dataset",
-            output_dir="training",
-            model_output_dir="model",
-        )
-        write_json(self.dir.ds_config, ds_config(job, setting, profile, cluster))
-        write_json(self.dir.train_args, spec.to_json())
+        cluster = self.question.cluster
+        self.question.source.complete()
+        chosen, ladder = emission(workload, tuned, setting)
+        write_json(self.dir.ds_config, chosen["ds_config"])
+        write_json(self.dir.train_args, chosen["train_args"])
         environment = rank_environment(cluster.kind, cluster.visible_devices)
         script = launch_script(sys.executable, cluster.num_devices, sorted(environment.items()))
         write_text(self.dir.launch_script, script, mode=0o700)
         write_json(
             self.dir.fallbacks,
-            {"schema": 1, "settings": fallbacks(workload, tuned, setting)},
+            {"schema": 1, "chosen": chosen, "settings": ladder},
         )
 
     def train(self) -> dict[str, Any]:
@@ -281,36 +278,28 @@ class Run:
         Raises:
             TrainingFailedError: the training ended badly.
         """
-        from autotune.train.launch import run_training
-
-        cluster = self.question.cluster
-        self.dir.training.mkdir(mode=0o700, exist_ok=True)
-        started = time.monotonic()
-        run_training(
-            [*torchrun_command(sys.executable, cluster.num_devices), "--resume"],
-            directory=self.dir.root,
-            environment=rank_environment(cluster.kind, cluster.visible_devices),
-            log=self.dir.logs / "training.log",
-            metrics=self.dir.training / "metrics.jsonl",
+        # What was made for the tuning may have gone from the cache.
+        self.question.source.complete()
+        handoff = Handoff(
+            self.dir,
+            self.question.cluster,
+            strict=self.question.options["strict_handoff"],
             progress=self._training_progress,
         )
-        summary = read_json(self.dir.training / "summary.json")
-        if summary is None:
-            msg = f"the training wrote no summary; see {self.dir.logs / 'training.log'}"
-            raise TrainingFailedError(msg)
-        return {
-            "training_seconds": time.monotonic() - started,
-            "training": summary,
-            "model_dir": str(self.dir.model),
-        }
+        try:
+            return handoff.train()
+        finally:
+            self._figures |= handoff.report()
 
     def _training_progress(self, line: dict[str, Any]) -> None:
         _log.info(
-            "step %d/%d: loss %.4f, %.0f tokens/s",
+            "step %d/%d: loss %.4f, %.0f tokens/s, peak %s, %s to go",
             line["step"],
             line["max_steps"],
             line["loss"],
             line["tokens_per_s"],
+            format_bytes(line["peak_bytes"]),
+            format_duration(line["left_s"]),
         )
         self._status["training"] = line
         self._beat()

@@ -44,6 +44,7 @@ class Job:
     `model_dir` holds config.json and the tokenizer, and weights unless `from_scratch`. There is a
     `lora` where the method is that one; `merge` adds its adapters to the weights in the end.
     `deepspeed` is what the user's own DeepSpeed config says besides the rest.
+    `trainer` are the user's own arguments of transformers' TrainingArguments, by name.
     """
 
     model: str
@@ -65,6 +66,9 @@ class Job:
     lora: Lora | None = None
     merge: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    trainer: tuple[tuple[str, Any], ...] = ()
+    eval_share: float = 0.0
+    save_every_s: float | None = None
 
     @property
     def compute_bytes(self) -> int:
@@ -250,6 +254,9 @@ class TrainSpec:
             unless `merge` adds them to the weights.
         trainer: keyword arguments of transformers' TrainingArguments.
         device_memory_bytes: what a rank may allocate; enforced where the device can.
+        eval_share: share of the rows that is held out of the training to evaluate on.
+        save_every_s: seconds after which a checkpoint is saved at the end of a step.
+        probed_tokens: padded tokens of the largest micro-batch that the setting was probed with.
     """
 
     model_dir: str
@@ -267,6 +274,9 @@ class TrainSpec:
     trainer: dict[str, Any]
     lora: Lora | None = None
     merge: bool = False
+    eval_share: float = 0.0
+    save_every_s: float | None = None
+    probed_tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self)}

@@ -50,6 +50,30 @@ def test_an_option_reads_its_own_default_as_itself(option: Option) -> None:
             assert option.parse(str(option.default)) == option.default
 
 
+def test_arguments_of_the_trainer_are_yaml_by_flag_or_mapping() -> None:
+    by_flag = resolve(
+        [Layer("command line", {"trainer": ("save_steps=5", "logging_first_step=true")})]
+    )
+    by_file = from_yaml("trainer: {save_steps: 5, logging_first_step: true}")
+    assert by_flag["trainer"] == by_file["trainer"] == {"save_steps": 5, "logging_first_step": True}
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("save_steps", "key=value"),
+        ("learning_rate=1", "--learning-rate"),
+        ("gradient_accumulation_steps=2", "tuned"),
+        ("eval_strategy=steps", "--eval-share"),
+        ("save_steps=[", "YAML"),
+    ],
+)
+def test_an_argument_of_the_trainer_that_cannot_be_meant_is_refused(
+    argument: str, says: str
+) -> None:
+    assert says in refusal(trainer=[argument])
+
+
 def test_the_first_layer_that_names_an_option_wins() -> None:
     options = resolve(
         [

@@ -36,6 +36,20 @@ def fill(disk: Path, leave_bytes: int) -> Path:
 
 
 @pytest.mark.slow
+def test_a_disk_that_checkpoints_will_not_fit_on_is_told_before_the_first_probe(
+    small_disk: Path, short_rows: Path
+) -> None:
+    done = autotune("run", "--dataset", short_rows, "--run-dir", "run", *JOB, cwd=small_disk)
+
+    assert done.returncode == 73, done.stderr
+    sentence = done.stderr.splitlines()[-1]
+    assert "checkpoints and the final model" in sentence
+    # Three checkpoints of 12 + 4 bytes a parameter, the model, and the weights that it starts from.
+    assert "will take 168 MiB" in sentence
+    assert not RunDir(small_disk / "run").read_rungs()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [8_192, 40_960, 73_728, 131_072])
 def test_a_full_disk_is_said_in_a_sentence_and_the_same_command_goes_on(
     small_disk: Path, short_rows: Path, room: int

@@ -28,10 +28,12 @@ LAYERS = (
         "user_config",
         "devices",
         "prices",
+        "recovery",
+        "verify",
     ),
-    ("rundir", "environment", "processes", "session", "model_source", "builtin"),
+    ("rundir", "environment", "processes", "session", "model_source", "builtin", "chatglm3"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
-    ("intake", "documents", "virtual_judge", "outcome_cache"),
+    ("intake", "documents", "handoff", "virtual_judge", "outcome_cache"),
     ("pipeline", "rehearse"),
     ("cli",),
 )
@@ -50,7 +52,8 @@ BESIDE = {
     "remedy": {"devices", "memory", "plan", "space", "throughput"},
     "prices": {"devices"},
     "user_config": {"config"},
-    "model_source": {"builtin"},
+    "model_source": {"builtin", "chatglm3", "environment", "rundir"},
+    "chatglm3": {"rundir"},
     "processes": {"session"},
     "engine": {"dataset"},
     "profile": {"engine"},
@@ -58,13 +61,18 @@ BESIDE = {
     "tune": {"probe"},
     "train": {"engine", "dataset"},
     "documents": {"intake", "tune"},
+    "handoff": {"intake"},
     "virtual_judge": {"intake"},
     "outcome_cache": {"intake"},
     "rehearse": {"pipeline"},
 }
 """What a part may import from its own layer."""
 
-ENGINE_ROOMS = ("engine", "profile", "probe.worker", "train.entry", "train.adapters")
+ENGINE_ROOMS = (
+    *("engine", "profile", "probe.worker"),
+    *("train.entry", "train.adapters", "train.metrics", "train.state"),
+    *("train.stopping", "train.trainer"),
+)
 HOMES = {
     "torch": ENGINE_ROOMS,
     "deepspeed": ENGINE_ROOMS,

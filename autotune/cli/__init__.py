@@ -27,6 +27,9 @@ COMMANDS = {
     "detect": "Show the devices and what of them may be used.",
 }
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Schedulers warn with the last two before they end a job."""
+
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
@@ -56,14 +59,14 @@ def main() -> None:
     logging.getLogger("autotune").setLevel(logging.INFO)
     # What a run writes is the user's alone.
     os.umask(0o077)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPPING:
         signal.signal(number, _interrupt)
     sys.exit(_run())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
     # Once is enough: what follows is the clearing up, which a second signal must not cut short.
-    for again in (signal.SIGINT, signal.SIGTERM):
+    for again in _STOPPING:
         signal.signal(again, signal.SIG_IGN)
     msg = (
         f"stopped by {signal.Signals(number).name}; what is done is saved, "

@@ -140,8 +140,10 @@ def resolve_options(flags: dict[str, Any], config: Path | None) -> Options:
 def recorded_options(recorded: dict[str, dict[str, Any]]) -> Options:
     """Return the options as run.json has them."""
     return Options(
-        values={name: entry["value"] for name, entry in recorded.items()},
-        sources={name: entry["source"] for name, entry in recorded.items()},
+        values={one.name: one.default for one in OPTIONS}
+        | {name: entry["value"] for name, entry in recorded.items()},
+        sources={one.name: "default" for one in OPTIONS}
+        | {name: entry["source"] for name, entry in recorded.items()},
     )
 
 

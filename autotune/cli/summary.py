@@ -188,6 +188,11 @@ def result_text(result: dict[str, Any]) -> str:
             f"loss {training['loss_start']:.3f} to {training['loss_end']:.3f}"
         )
         rows["model"] = result["model_dir"]
+    for recovery in result.get("recoveries", []):
+        rows[f"from step {recovery['from_step']}"] = (
+            f"after {recovery['cause'].replace('_', ' ')} with "
+            f"{Setting.from_json(recovery['setting']).label()}"
+        )
     rows["DeepSpeed config"] = f"{result['run_dir']}/ds_config.json"
     rows["by hand"] = f"bash {result['run_dir']}/launch.sh"
     return _aligned(rows)

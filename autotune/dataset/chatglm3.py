@@ -13,22 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from autotune.chatglm3 import SPECIAL_TOKENS
 from autotune.dataset.conversation import Content, Conversation, Message, Segments, Text, Tokens
 from autotune.dataset.encode import TokenRow, join_parts, tokens_row
 from autotune.dataset.lines import RowError
 from autotune.errors import InputMissingError
-
-SPECIAL_TOKENS = (
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "sop",
-    "eop",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-)
 
 _ROLES = {"developer": "system", "tool": "observation"}
 _TOOLS_INTRODUCTION = (

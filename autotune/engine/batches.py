@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from autotune.dataset.rows import Rows
 
@@ -12,19 +14,29 @@ IGNORED = -100
 
 
 class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """The memory-mapped rows as a map-style dataset."""
+    """Some of the memory-mapped rows, all unless `chosen`, as a map-style dataset.
 
-    def __init__(self, rows: Rows) -> None:
+    Index `~i` is row i without a trained token.
+    """
+
+    def __init__(self, rows: Rows, chosen: NDArray[np.int64] | None = None) -> None:
         self.rows = rows
+        self._chosen = np.arange(len(rows)) if chosen is None else chosen
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row."""
+        return self.rows.lengths[self._chosen]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._chosen)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        input_ids, trained = self.rows[index]
-        row = {"input_ids": input_ids, "trained": trained}
+        place = int(self._chosen[max(index, ~index)])
+        input_ids, trained = self.rows[place]
+        row = {"input_ids": input_ids, "trained": trained if index >= 0 else trained & False}
         if self.rows.packed:
-            row["position_ids"] = self.rows.position_ids(index)
+            row["position_ids"] = self.rows.position_ids(place)
         return row
 
 

@@ -63,6 +63,8 @@ def build_trainer(
     load_weights: bool,
     dataset: torch.utils.data.Dataset[dict[str, Any]] | None = None,
     wrap_model: Callable[[Any], Any] = lambda model: model,
+    kind: type[TunedTrainer] = TunedTrainer,
+    eval_dataset: torch.utils.data.Dataset[dict[str, Any]] | None = None,
 ) -> TunedTrainer:
     """Build model and Trainer; the DeepSpeed engine follows with `train` or `prepare_engine`.
 
@@ -78,9 +80,10 @@ def build_trainer(
         deepspeed=ds_config, use_cpu=spec.device_kind == "cpu", **spec.trainer
     )
     model = wrap_model(build_model(spec, load_weights=load_weights))
-    return TunedTrainer(
+    return kind(
         model=model,
         args=arguments,
+        eval_dataset=eval_dataset,
         train_dataset=dataset or RowDataset(Rows.open(Path(spec.dataset_dir))),
         data_collator=PaddingCollator(_pad_token_id(model.config)),
     )

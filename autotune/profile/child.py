@@ -5,8 +5,8 @@ import json
 import logging
 import signal
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,19 @@ def build_ops(names: Sequence[str], log: Path) -> None:
         SetupFaultError: an op cannot be built.
     """
     _checked(_ask(_build_ops, tuple(names), log=log), "build DeepSpeed's ops")
+
+
+def check_trainer_arguments(arguments: Mapping[str, Any], device_kind: str, log: Path) -> None:
+    """Have transformers read the arguments of a training before anything is spent on it.
+
+    Raises:
+        ConfigError: there is no such argument (the nearest is named), it cannot have that value,
+            or a tracker is not installed.
+    """
+    answer = _ask(_read_trainer_arguments, dict(arguments), device_kind, log=log)
+    if "error" in answer:
+        msg = f"--trainer: {answer['error']}"
+        raise ConfigError(msg)
 
 
 def _checked(answer: dict[str, Any], what: str) -> dict[str, Any]:
@@ -199,29 +212,49 @@ def _build_ops(names: Sequence[str], path: str) -> None:
     _answer(path, build)
 
 
-def profile_from_json(fields: dict[str, Any]) -> ModelProfile:
+def _read_trainer_arguments(arguments: dict[str, Any], device_kind: str, path: str) -> None:
+    def read() -> dict[str, Any]:
+        from transformers import TrainingArguments
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        known = {field.name for field in fields(TrainingArguments) if field.init}
+        for name in arguments:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                msg = f"transformers knows no argument {name!r}; the nearest is {nearest!r}"
+                raise ConfigError(msg)
+        made = TrainingArguments(use_cpu=device_kind == "cpu", **arguments)
+        for tracker in get_reporting_integration_callbacks(made.report_to):
+            # Which says what is not installed.
+            tracker()
+        return {}
+
+    _answer(path, read)
+
+
+def profile_from_json(document: dict[str, Any]) -> ModelProfile:
     """Read what `traced` returned."""
-    traces = tuple((mode, _trace_from_json(trace)) for mode, trace in fields["traces"])
-    sizes = {name: tuple(fields[name]) for name in ("trained_sizes", "frozen_sizes")}
-    return ModelProfile(**{**fields, **sizes, "traces": traces})
+    traces = tuple((mode, _trace_from_json(trace)) for mode, trace in document["traces"])
+    sizes = {name: tuple(document[name]) for name in ("trained_sizes", "frozen_sizes")}
+    return ModelProfile(**{**document, **sizes, "traces": traces})
 
 
-def _trace_from_json(fields: dict[str, Any]) -> Trace:
+def _trace_from_json(document: dict[str, Any]) -> Trace:
     return Trace(
-        one_row=tuple(map(_moment_from_json, fields["one_row"])),
-        more_rows=tuple(map(_moment_from_json, fields["more_rows"])),
-        flops=Polynomial(**fields["flops"]),
-        operators=fields["operators"],
+        one_row=tuple(map(_moment_from_json, document["one_row"])),
+        more_rows=tuple(map(_moment_from_json, document["more_rows"])),
+        flops=Polynomial(**document["flops"]),
+        operators=document["operators"],
     )
 
 
-def _moment_from_json(fields: dict[str, Any]) -> Moment:
+def _moment_from_json(document: dict[str, Any]) -> Moment:
     polynomials = {
-        name: Polynomial(**fields[name]) for name in ("rows_bytes", "batch_bytes", "logits_bytes")
+        name: Polynomial(**document[name]) for name in ("rows_bytes", "batch_bytes", "logits_bytes")
     }
-    return Moment(**{**fields, **polynomials, "lengths": tuple(fields["lengths"])})
+    return Moment(**{**document, **polynomials, "lengths": tuple(document["lengths"])})
 
 
-def rates_from_json(fields: dict[str, Any]) -> Rates:
+def rates_from_json(document: dict[str, Any]) -> Rates:
     """Read what `measured_rates` returned."""
-    return Rates(**fields)
+    return Rates(**document)

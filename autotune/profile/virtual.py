@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune import processes
+from autotune.emit import BETWEEN_STEPS_NOTHING
 from autotune.errors import VirtualRunUnavailableError
 from autotune.workload import TrainSpec
 
@@ -113,5 +114,5 @@ def run_virtual(request: VirtualRequest) -> VirtualRun:
 
     # The Trainer makes its output directory, and this run has nothing to put there.
     with tempfile.TemporaryDirectory(prefix="autotune-virtual-") as output:
-        trainer = {**request.spec.trainer, "output_dir": output}
+        trainer = {**request.spec.trainer, **BETWEEN_STEPS_NOTHING, "output_dir": output}
         return follow(replace(request, spec=replace(request.spec, trainer=trainer)))

@@ -6,40 +6,56 @@ Takes the two emitted files and nothing else; the tuner is not needed.
 import argparse
 import json
 import logging
-import time
+import math
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
-from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState
-from transformers import TrainingArguments as Arguments
+from transformers import AutoTokenizer
 
 from autotune.dataset.rows import Rows
-from autotune.engine.device import MemoryMeter, enter_rank
+from autotune.dataset.splitting import split_rows
+from autotune.engine.batches import RowDataset
+from autotune.engine.device import enter_rank
 from autotune.engine.ops import load_ops, needed_ops
 from autotune.engine.trainer import build_trainer
 from autotune.processes import die_with_parent
-from autotune.rundir import write_json, write_text
+from autotune.rundir import write_json
 from autotune.train.adapters import adapters_dir, merge, with_base
+from autotune.train.deaths import STOPPED, STOPPED_CODE, write_death
+from autotune.train.metrics import MetricsLog
+from autotune.train.stopping import StepBoundary, StopRequest
+from autotune.train.trainer import COMPLETE, ResumableTrainer, last_checkpoint
 from autotune.workload import TrainSpec
 
-_log = logging.getLogger(__name__)
-
-_WHOLE = "complete"
-"""The file that marks a checkpoint as complete."""
+_ZERO_3 = 3
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     # torchrun can be killed before it has ended its ranks.
     die_with_parent()
+    request = StopRequest()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ds_config = json.loads(options.ds_config.read_text())
     spec = TrainSpec.from_json(json.loads(options.train_args.read_text()))
     output_dir = options.output_dir or Path(spec.trainer["output_dir"])
     model_dir = output_dir / "model" if options.output_dir else Path(spec.model_output_dir)
     spec.trainer["output_dir"] = str(output_dir)
-    train(spec, ds_config, output_dir, model_dir, resume=options.resume)
+    output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _reporting_death(output_dir):
+        stopped = train(spec, ds_config, output_dir, model_dir, request, resume=options.resume)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if stopped:
+        os._exit(STOPPED_CODE)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,125 +67,108 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _reporting_death(output_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, the controller has to know
+        traceback.print_exc()
+        write_death(output_dir, int(os.environ.get("RANK", "0")), error)
+        sys.stderr.flush()
+        # Interpreter shutdown would wait for collectives that the other ranks never join.
+        os._exit(1)
+
+
 def train(
-    spec: TrainSpec, ds_config: dict[str, Any], output_dir: Path, model_dir: Path, *, resume: bool
-) -> None:
-    """Train to the end, then save the model with its tokenizer."""
-    output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    spec: TrainSpec,
+    ds_config: dict[str, Any],
+    output_dir: Path,
+    model_dir: Path,
+    request: StopRequest,
+    *,
+    resume: bool,
+) -> bool:
+    """Train to the end, then save the model with its tokenizer; returns whether it was stopped."""
     load_ops(needed_ops(spec.device_kind, ds_config))
     meter, cap = enter_rank(spec.device_kind, spec.device_memory_bytes, spec.threads_per_rank)
-    if spec.lora is not None and spec.from_scratch:
-        with cap.lifted():
-            spec = with_base(spec, adapters_dir(spec, model_dir) / "base")
-    trainer = build_trainer(spec, ds_config, load_weights=True)
-    trainer.memory_cap = cap
-    checkpoint = last_whole_checkpoint(output_dir) if resume else None
-    metrics = MetricsLog(output_dir, meter, trainer.train_dataset.rows)
-    trainer.add_callback(metrics)
-    trainer.add_callback(WholeCheckpoints())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(adapters_dir(spec, model_dir)))
-    if trainer.is_world_process_zero():
-        if spec.merge:
+    with _alone(output_dir):
+        if spec.from_scratch and (spec.lora or _stage(ds_config) == _ZERO_3):
+            base = adapters_dir(spec, model_dir) if spec.lora else output_dir
             with cap.lifted():
-                merge(spec, adapters_dir(spec, model_dir), model_dir)
-        _save_tokenizer(spec, model_dir)
-        write_json(output_dir / "summary.json", metrics.summary())
-    torch.distributed.barrier()
+                spec = with_base(spec, base / "base")
+        trainer = _trainer(spec, ds_config)
+        trainer.memory_cap = cap
+        metrics = MetricsLog(output_dir, meter, trainer)
+        boundary = StepBoundary(request, spec.save_every_s)
+        trainer.add_callback(metrics)
+        trainer.add_callback(boundary)
+        checkpoint = last_checkpoint(output_dir) if resume else None
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if not boundary.stopped:
+            _save(trainer, spec, model_dir)
+        if trainer.is_world_process_zero():
+            if boundary.stopped:
+                (output_dir / STOPPED).touch()
+            else:
+                write_json(output_dir / "summary.json", metrics.summary())
+        torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    return boundary.stopped
 
 
-def _save_tokenizer(spec: TrainSpec, model_dir: Path) -> None:
+@contextmanager
+def _alone(output_dir: Path) -> Iterator[None]:
+    """Wait for a training that still writes to the same place, and clear up what it left half.
+
+    One whose controller was killed saves a checkpoint before it ends.
+    """
+    rank = torch.distributed.get_rank()
+    lock = filelock.FileLock(output_dir / ".lock", mode=0o600)
+    if rank == 0:
+        lock.acquire()
+        for path in output_dir.glob("checkpoint-*"):
+            if not (path / COMPLETE).exists():
+                shutil.rmtree(path)
+        (output_dir / STOPPED).unlink(missing_ok=True)
+    torch.distributed.barrier()
+    try:
+        yield
+    finally:
+        if rank == 0:
+            lock.release()
+
+
+def _stage(ds_config: dict[str, Any]) -> int:
+    return int(ds_config["zero_optimization"]["stage"])
+
+
+def _trainer(spec: TrainSpec, ds_config: dict[str, Any]) -> ResumableTrainer:
+    rows = Rows.open(Path(spec.dataset_dir))
+    trained, held_out = split_rows(len(rows), spec.eval_share, spec.seed)
+    trainer = build_trainer(
+        spec,
+        ds_config,
+        load_weights=True,
+        kind=ResumableTrainer,
+        dataset=RowDataset(rows, trained),
+        eval_dataset=RowDataset(rows, held_out) if len(held_out) else None,
+    )
+    assert isinstance(trainer, ResumableTrainer)
+    trainer.probed_tokens = math.inf if spec.probed_tokens is None else spec.probed_tokens
+    return trainer
+
+
+def _save(trainer: ResumableTrainer, spec: TrainSpec, model_dir: Path) -> None:
+    trainer.save_model(str(adapters_dir(spec, model_dir)))
+    if not trainer.is_world_process_zero():
+        return
+    if spec.merge:
+        with trainer.uncapped():
+            merge(spec, adapters_dir(spec, model_dir), model_dir)
     tokenizer = AutoTokenizer.from_pretrained(
         spec.model_dir, trust_remote_code=spec.trust_remote_code, local_files_only=True
     )
     tokenizer.save_pretrained(str(model_dir))
-
-
-class WholeCheckpoints(TrainerCallback):
-    """Marks a checkpoint that every rank has written its part of."""
-
-    def on_save(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        del control
-        torch.distributed.barrier()
-        if state.is_world_process_zero:
-            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE, "")
-
-
-def last_whole_checkpoint(output_dir: Path) -> str | None:
-    """Return the latest checkpoint that is complete; one that was cut short cannot be loaded."""
-    whole = [path.parent for path in output_dir.glob(f"checkpoint-*/{_WHOLE}")]
-    latest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if latest is None else str(latest)
-
-
-class MetricsLog(TrainerCallback):
-    """Writes a line a step to metrics.jsonl; a step done again after a resume replaces its line."""
-
-    def __init__(self, output_dir: Path, meter: MemoryMeter, rows: Rows) -> None:
-        self._path = output_dir / "metrics.jsonl"
-        self._meter = meter
-        self._mean_tokens = float(rows.lengths.mean())
-        self._step_started = 0.0
-        self._lines: list[dict[str, Any]] = []
-
-    def on_train_begin(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        del args, control
-        if state.is_world_process_zero and self._path.exists() and state.global_step:
-            lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-            self._lines = [line for line in lines if line["step"] <= state.global_step]
-        if state.is_world_process_zero:
-            write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
-        self._meter.reset()
-
-    def on_step_begin(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        del args, state, control
-        self._step_started = time.perf_counter()
-
-    def on_log(
-        self,
-        args: Arguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
-    ) -> None:
-        del control
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
-            return
-        seconds = time.perf_counter() - self._step_started
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        line = {
-            "step": state.global_step,
-            "max_steps": state.max_steps,
-            "epoch": state.epoch,
-            "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm"),
-            "learning_rate": logs.get("learning_rate"),
-            "step_time_s": seconds,
-            "tokens_per_s": rows * self._mean_tokens / seconds,
-            "peak_bytes": self._meter.peak_bytes(),
-            "at": time.time(),
-        }
-        self._lines.append(line)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        _log.info("step %d/%d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
-
-    def summary(self) -> dict[str, Any]:
-        """Return how the training went."""
-        return {
-            "steps": self._lines[-1]["step"],
-            "loss_start": self._lines[0]["loss"],
-            "loss_end": self._lines[-1]["loss"],
-            "peak_bytes": max(line["peak_bytes"] for line in self._lines),
-        }
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autotune.emit import ds_config, train_spec
+from autotune.emit import BETWEEN_STEPS_NOTHING, ds_config, train_spec
 from autotune.hardware import Cluster
 from autotune.outcome import Measured
 from autotune.probe.plan import RungPlanner
@@ -59,7 +59,7 @@ class JobSite:
             label=first.structure.label(),
             ranks=self.cluster.num_devices,
             # A probe steps by itself, so what the Trainer would do between steps is left out.
-            spec=replace(spec, trainer=spec.trainer | {"save_strategy": "no"}),
+            spec=replace(spec, trainer=spec.trainer | BETWEEN_STEPS_NOTHING),
             ds_config=ds_config(self.job, first, self.profile, self.cluster),
             total_steps=self.total_steps,
             rungs=tuple(map(self._rung, ladder)),

@@ -26,7 +26,7 @@ from autotune.environment import rank_environment
 from autotune.probe.local import LocalProber
 from autotune.probe.protocol import RungMeasurement
 from autotune.setting import Setting, Structure
-from autotune.train.launch import run_training
+from autotune.train.launch import Training
 
 MICRO_BATCH = 2
 ACCUMULATIONS = (1, 4, 16)
@@ -61,16 +61,16 @@ def trained(job: BenchJob, setting: Setting, steps: int, name: str) -> tuple[lis
     config = ds_config(theirs, setting, job.workload.profile, cluster)
     (directory / "train_args.json").write_text(json.dumps(spec.to_json()))
     (directory / "ds_config.json").write_text(json.dumps(config))
-    metrics = directory / "training" / "metrics.jsonl"
-    run_training(
+    lines: list[dict[str, Any]] = []
+    ended = Training(
         torchrun_command(sys.executable, RANKS),
         directory=directory,
         environment=rank_environment(cluster.kind, cluster.visible_devices),
         log=directory / "training.log",
-        metrics=metrics,
-        progress=lambda _: None,
-    )
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        output_dir=directory / "training",
+    ).run(lines.append)
+    if ended.exit_code:
+        raise SystemExit(ended.tail)
     # From log to log, so that what is between steps counts too.
     ends = [line["at"] for line in lines]
     between = [later - earlier for earlier, later in itertools.pairwise(ends)]

@@ -1,0 +1,71 @@
+"""Rows of a step: each once, the same however they are split, held-out ones never."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.dataset.splitting import num_held_out, split_rows
+from autotune.engine.sampling import GlobalBatches
+
+
+def batches(  # what a rank's sampler is made from
+    lengths: list[int], ranks: int, rank: int, accumulation: int, *, rebalance: bool
+) -> GlobalBatches:
+    return GlobalBatches(
+        np.array(lengths),
+        global_batch_size=8,
+        ranks=ranks,
+        rank=rank,
+        accumulation=accumulation,
+        seed=3,
+        rebalance=rebalance,
+    )
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    split=st.sampled_from([(1, 1), (1, 4), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)]),
+    rebalance=st.booleans(),
+)
+def test_every_split_takes_the_rows_of_a_step_once(
+    lengths: list[int], split: tuple[int, int], *, rebalance: bool
+) -> None:
+    ranks, accumulation = split
+    samplers = [
+        batches(lengths, ranks, rank, accumulation, rebalance=rebalance) for rank in range(ranks)
+    ]
+    for epoch in (0, 1):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        steps = list(batches(lengths, 1, 0, 1, rebalance=False).steps(epoch))
+        taken = [list(sampler) for sampler in samplers]
+        assert all(len(one) == len(sampler) for one, sampler in zip(taken, samplers, strict=True))
+        for place, rows in enumerate(steps):
+            window = slice(place * accumulation, (place + 1) * accumulation)
+            parts = [part for one in taken for part in one[window]]
+            assert all(parts), "no micro-batch is empty"
+            assert Counter(row for part in parts for row in part if row >= 0) == Counter(rows)
+        assert sorted(row for rows in steps for row in rows) == list(range(len(lengths)))
+
+
+def test_full_micro_batches_are_alike_in_size_and_epochs_differ() -> None:
+    sampler = batches(list(range(1, 33)), 2, 1, 2, rebalance=False)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert {len(part) for part in first} == {2}
+    assert list(sampler) != first
+
+
+@pytest.mark.parametrize(("rows", "share", "held"), [(100, 0.1, 10), (3, 0.01, 1), (1, 0.5, 0)])
+def test_rows_are_trained_on_or_held_out(rows: int, share: float, held: int) -> None:
+    trained, evaluated = split_rows(rows, share, seed=1)
+    assert len(evaluated) == num_held_out(rows, share) == held
+    assert sorted([*trained, *evaluated]) == list(range(rows))
+
+
+def test_without_a_share_every_row_is_trained_on() -> None:
+    trained, evaluated = split_rows(5, 0.0, seed=1)
+    assert (list(trained), list(evaluated)) == ([0, 1, 2, 3, 4], [])
