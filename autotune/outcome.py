@@ -109,7 +109,7 @@ class Rung:
         figures = asdict(self.outcome)
         return {
             "schema": SCHEMA,
-            "structure": asdict(self.setting.structure),
+            "structure": self.setting.structure.to_json(),
             "micro_batch_size": self.setting.micro_batch_size,
             "gradient_accumulation_steps": self.setting.gradient_accumulation_steps,
             "ranks": self.ranks,

@@ -85,12 +85,15 @@ class OutcomeCache:
     def keep(self, rungs: tuple[Rung, ...], workload: Workload) -> None:
         """Keep what a search ended with, in place of what was kept before.
 
-        Crashes are not kept: what they came from may be mended by the next run.
+        Crashes are not kept: what they came from may be mended by the next run. Nor are
+        verifications of what is kept already, of which each run would add one.
         """
+        found = {rung.setting for rung in rungs if rung.purpose != "verification"}
         entries = [
             {"budget_bytes": workload.plan.budget_bytes, "rung": rung.to_json()}
             for rung in rungs
             if isinstance(rung.outcome, Measured | OutOfMemory)
+            and (rung.purpose != "verification" or rung.setting not in found)
         ]
         if not entries:
             return

@@ -114,6 +114,13 @@ def test_crashes_are_not_kept_and_without_a_measured_one_nothing_is_taken_over()
     assert read(workload()) == []
 
 
+def test_a_verification_of_what_is_kept_is_not_kept_beside_it() -> None:
+    again = [replace(rung(size), purpose="verification") for size in (1, 2)]
+    keep(rung(1), *again, of=workload())
+    kept = [(one.setting.micro_batch_size, one.purpose) for one in read(workload())]
+    assert kept == [(1, "search"), (2, "verification")]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"outcomes": 3}', '{"outcomes": [{"rung": {}}]}'])
 def test_a_file_that_is_torn_or_foreign_is_as_none(text: str) -> None:
     cache = OutcomeCache.of(workload())

@@ -32,7 +32,8 @@ CONTRACT = {
     "status.json",
     "result.json",
 }
-SMALL = ("--devices", "2", "--global-batch-size", "16", "--max-probes", "3", "--max-steps", "6")
+JOB = ("--devices", "2", "--global-batch-size", "16", "--max-probes", "3", "--max-steps", "6")
+SMALL = (*JOB, "--no-cache")
 LIMIT_S = 280
 
 
@@ -271,6 +272,29 @@ def test_with_a_cap_that_half_of_the_ladder_exceeds_it_runs_within_the_cap(
         and rung["micro_batch_size"] == result["setting"]["micro_batch_size"]
     ]
     assert chosen == ["measured"]
+
+
+@pytest.mark.slow
+def test_a_second_run_of_the_job_begins_with_what_the_first_has_found(
+    tmp_path: Path, short_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOTUNE_CACHE", str(tmp_path / "cache"))
+    for name in ("first", "second"):
+        done = autotune(
+            *("tune", "--dataset", short_rows, *JOB, "--run-dir", name),
+            cwd=tmp_path,
+            timeout=LIMIT_S,
+        )
+        assert done.returncode == 0, done.stderr
+
+    before, after = (lines(tmp_path / name / "probes.jsonl") for name in ("first", "second"))
+    taken_over = [rung for rung in after if rung["outcome"]["cached"]]
+    own = [rung for rung in after if not rung["outcome"]["cached"]]
+    assert [rung["at"] for rung in taken_over] == [rung["at"] for rung in before]
+    assert own[0]["outcome"]["purpose"] == "verification"
+    best = max(before, key=lambda rung: rung["outcome"]["tokens_per_s"])
+    assert own[0]["structure"] == best["structure"]
+    assert own[0]["micro_batch_size"] == best["micro_batch_size"]
 
 
 def test_where_nothing_fits_the_shortfall_is_told(tmp_path: Path, short_rows: Path) -> None:

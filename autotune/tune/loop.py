@@ -145,8 +145,11 @@ class Tuner:
 
     def _is_worth_telling(self, close: Finals) -> bool:
         """Whether telling two settings apart may save more of the training than it costs."""
-        if all(rung.cached for rung in self.search.rungs if rung.setting in close.pair):
+        rungs = [rung for rung in self.search.rungs if rung.setting in close.pair]
+        if all(rung.cached for rung in rungs):
             return False
+        if any(rung.purpose == "final" for rung in rungs):
+            return True
         round_s = sum(map(self.search.seconds_of, close.pair))
         return close.noise * self.search.training_s() >= round_s
 
