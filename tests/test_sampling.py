@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.dataset.splitting import num_held_out, split_rows
-from autotune.engine.sampling import GlobalBatches
+from autotune.engine.sampling import GlobalBatches, StepShape
 
 
 def batches(  # what a rank's sampler is made from
@@ -40,7 +40,8 @@ def test_every_split_takes_the_rows_of_a_step_once(
     for epoch in (0, 1):
         for sampler in samplers:
             sampler.set_epoch(epoch)
-        steps = list(batches(lengths, 1, 0, 1, rebalance=False).steps(epoch))
+        whole = batches(lengths, 1, 0, 1, rebalance=False)
+        steps = [whole.rows_of(epoch, step) for step in range(len(list(whole)))]
         taken = [list(sampler) for sampler in samplers]
         assert all(len(one) == len(sampler) for one, sampler in zip(taken, samplers, strict=True))
         for place, rows in enumerate(steps):
@@ -48,6 +49,13 @@ def test_every_split_takes_the_rows_of_a_step_once(
             parts = [part for one in taken for part in one[window]]
             assert all(parts), "no micro-batch is empty"
             assert Counter(row for part in parts for row in part if row >= 0) == Counter(rows)
+            shape = samplers[0].shape_of(epoch * len(steps) + place)
+            padded = [len(part) * max(lengths[max(row, ~row)] for row in part) for part in parts]
+            assert shape == StepShape(
+                tokens=sum(lengths[row] for row in rows),
+                longest_row=max(lengths[row] for row in rows),
+                largest_micro_batch=max(padded),
+            )
         assert sorted(row for rows in steps for row in rows) == list(range(len(lengths)))
 
 

@@ -1,12 +1,28 @@
 """Which rows a micro-batch takes: the rows of a step are the same however the step is split."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 REBALANCE = "batch_rebalance"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """What a step takes, all ranks together.
+
+    Attributes:
+        tokens: of its rows, without padding.
+        longest_row: in tokens.
+        largest_micro_batch: in padded tokens.
+    """
+
+    tokens: int
+    longest_row: int
+    largest_micro_batch: int
 
 
 class GlobalBatches(BatchRebalanceSampler):
@@ -42,17 +58,45 @@ class GlobalBatches(BatchRebalanceSampler):
             drop_last=False,
         )
         self._rebalance = rebalance
+        self._ordered: tuple[int, NDArray[np.int64]] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in self.steps(self.epoch):
-            yield from self._split(rows)[self.rank]
+        for step in range(self._steps_per_epoch):
+            yield from self._split(self.rows_of(self.epoch, step))[self.rank]
 
-    def steps(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the rows of each optimizer step of an epoch."""
-        # The order that the predicted times of a plan are integrated over, in the first epoch.
-        order = np.random.default_rng(self.seed + epoch).permutation(len(self.lengths))
-        for first in range(0, len(order), self.effective_batch_size):
-            yield order[first : first + self.effective_batch_size].tolist()
+    def rows_of(self, epoch: int, step: int) -> list[int]:
+        """Return the rows of an optimizer step of an epoch, both counted from 0."""
+        first = step * self.effective_batch_size
+        rows: list[int] = self._order(epoch)[first : first + self.effective_batch_size].tolist()
+        return rows
+
+    def shape_of(self, step: int) -> StepShape:
+        """Return the shape of a step, counted from the start of the training.
+
+        Every rank knows it of all of them, without asking.
+        """
+        rows = self.rows_of(*divmod(step, self._steps_per_epoch))
+        lengths = [self.lengths[row] for row in rows]
+        micro_batches = [batch for rank in self._split(rows) for batch in rank]
+        return StepShape(
+            tokens=sum(lengths),
+            longest_row=max(lengths),
+            largest_micro_batch=max(
+                len(batch) * max(self.lengths[max(row, ~row)] for row in batch)
+                for batch in micro_batches
+            ),
+        )
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self.lengths) // int(self.effective_batch_size))
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if self._ordered is None or self._ordered[0] != epoch:
+            # The order that a plan's predicted times are integrated over, in the first epoch.
+            order = np.random.default_rng(self.seed + epoch).permutation(len(self.lengths))
+            self._ordered = epoch, order
+        return self._ordered[1]
 
     def _split(self, rows: list[int]) -> Sequence[Sequence[list[int]]]:
         """Return the micro-batches of each rank."""

@@ -62,6 +62,8 @@ class MetricsLog(TrainerCallback):
         seconds = self._trainer.step_seconds()
         recent = [line["step_time_s"] for line in self._lines[-_RECENT_STEPS:]] + [seconds]
         left = state.max_steps - state.global_step
+        shape = self._trainer.shape
+        assert shape is not None
         line = {
             "step": state.global_step,
             "max_steps": state.max_steps,
@@ -70,9 +72,9 @@ class MetricsLog(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
             "step_time_s": seconds,
-            "tokens": self._trainer.step_tokens,
-            "longest_row": self._trainer.step_longest,
-            "tokens_per_s": self._trainer.step_tokens / seconds,
+            "tokens": shape.tokens,
+            "longest_row": shape.longest_row,
+            "tokens_per_s": shape.tokens / seconds,
             "peak_bytes": self._meter.peak_bytes(),
             "left_s": left * sum(recent) / len(recent),
             "at": time.time(),

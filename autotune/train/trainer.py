@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import rotate_checkpoints
 
-from autotune.engine.sampling import REBALANCE, GlobalBatches
+from autotune.engine.sampling import REBALANCE, GlobalBatches, StepShape
 from autotune.engine.trainer import TunedTrainer, count_trained
 from autotune.rundir import write_text
 from autotune.train.state import load_state, save_state
@@ -25,13 +25,11 @@ class ResumableTrainer(TunedTrainer):
     Attributes:
         probed_tokens: padded tokens of the largest micro-batch that was probed; before a step that
             has a larger one, a checkpoint is saved.
-        step_tokens: tokens of the step at work that are not padding, all ranks together.
-        step_longest: the longest row of it.
+        shape: of the step at work.
     """
 
     probed_tokens: float = math.inf
-    step_tokens: int = 0
-    step_longest: int = 0
+    shape: StepShape | None = None
     _step_started: float = 0.0
     _batches: GlobalBatches | None = None
 
@@ -70,26 +68,14 @@ class ResumableTrainer(TunedTrainer):
     ) -> tuple[list[Any], Any]:
         """Draw a step's micro-batches, and save a checkpoint where they are a risk."""
         self._step_started = time.perf_counter()
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        own = torch.tensor(
-            [
-                sum(_tokens(batch) for batch in batches),
-                max((batch["input_ids"].numel() for batch in batches), default=0),
-                max((batch["input_ids"].shape[1] for batch in batches), default=0),
-            ],
-            device=device,
-        )
-        ranks = self.accelerator.gather(own.unsqueeze(0))
-        self.step_tokens = int(ranks[:, 0].sum())
-        self.step_longest = int(ranks[:, 2].max())
-        largest = int(ranks[:, 1].max())
-        if largest > self.probed_tokens:
-            self.probed_tokens = largest
+        assert self._batches is not None
+        self.shape = self._batches.shape_of(self.state.global_step)
+        if self.shape.largest_micro_batch > self.probed_tokens:
+            self.probed_tokens = self.shape.largest_micro_batch
             if not complete_checkpoint(Path(self.args.output_dir), self.state.global_step):
-                saving = time.perf_counter()
                 self._save_checkpoint(self.model, None)
-                self._step_started += time.perf_counter() - saving
-        return batches, items
+                self._step_started = time.perf_counter()
+        return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[no-any-return] # the Trainer has no types
 
     def evaluate(
         self,
@@ -181,11 +167,6 @@ class ResumableTrainer(TunedTrainer):
     def uncapped(self) -> AbstractContextManager[None]:
         """Let go of the memory cap for work on the host."""
         return self.memory_cap.lifted() if self.memory_cap else nullcontext()
-
-
-def _tokens(batch: dict[str, torch.Tensor]) -> int:
-    mask = batch.get("attention_mask")
-    return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
 def complete_checkpoint(output_dir: Path, step: int) -> bool:
