@@ -27,7 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "probe"))
 
