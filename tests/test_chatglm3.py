@@ -9,6 +9,7 @@ from records import make_job
 from autotune.devices import named_cluster, parse_gpus
 from autotune.hardware import Cluster
 from autotune.memory import MemoryEstimate, estimate_memory
+from autotune.profile import child
 from autotune.profile.request import TraceRequest
 from autotune.space import Space, enumerate_space
 from autotune.units import GIB
@@ -18,20 +19,19 @@ PRESET = Path(__file__).parent.parent / "configs" / "models" / "chatglm3-6b"
 
 
 @pytest.fixture(scope="module")
-def profile() -> ModelProfile:
-    from autotune.profile.trace import trace_model
-
-    return trace_model(
-        TraceRequest(
-            model_dir=str(PRESET),
-            trust_remote_code=False,
-            attention="sdpa",
-            precision="bf16",
-            device_kind="cuda",
-            padded=False,
-            checkpointing=("full",),
-        )
+def profile(tmp_path_factory: pytest.TempPathFactory) -> ModelProfile:
+    request = TraceRequest(
+        model_dir=str(PRESET),
+        trust_remote_code=False,
+        attention="sdpa",
+        precision="bf16",
+        device_kind="cuda",
+        padded=False,
+        checkpointing=("full",),
     )
+    # In a process of its own: torch knows no further device once it has run a backward pass.
+    log = tmp_path_factory.mktemp("trace") / "trace.log"
+    return child.profile_from_json(child.traced(request, log))
 
 
 def on(gpus: str) -> Cluster:

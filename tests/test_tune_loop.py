@@ -482,14 +482,16 @@ def finalists(story: Story) -> list[Setting]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_best_two_are_measured_in_turn_where_they_are_alike(seed: int) -> None:
+def test_the_best_are_measured_in_turn_where_they_are_alike(seed: int) -> None:
     surface, first, second = with_two_alike(0.99)
     story = Story(surface, answer=noisy(surface, seed, noise=0.001), steps=LONG)
     tuned = story.run()
     again = finalists(story)
-    assert set(again) == {first, second}
-    assert again[0::2] == [again[0]] * (len(again) // 2)
-    assert again[1::2] == [again[1]] * (len(again) // 2)
+    contenders = list(dict.fromkeys(again))
+    assert {first, second} <= set(contenders)
+    assert 2 <= len(contenders) <= 4
+    assert again[: 2 * len(contenders)] == 2 * contenders, "two rounds at least, in turn"
+    assert again[2 * len(contenders) :] == [one for one in contenders if again.count(one) == 3]
     assert chosen(tuned) == first
 
 
@@ -498,8 +500,8 @@ def test_of_two_that_noise_does_not_tell_apart_the_smaller_is_chosen(seed: int) 
     surface, first, second = with_two_alike()
     story = Story(surface, answer=noisy(surface, seed, noise=0.004), steps=LONG)
     best = chosen(story.run())
-    rounds = len(finalists(story)) // 2
-    assert rounds == 3
+    again = finalists(story)
+    assert again.count(first) == again.count(second) == 3
     assert best == min(first, second, key=lambda one: surface.device_bytes[PLAN.row_of(one)])
 
 
@@ -523,7 +525,7 @@ def test_a_finalist_that_fails_loses() -> None:
 
     story = Story(surface, answer=answer, steps=LONG)
     assert chosen(story.run()) == other
-    assert finalists(story) == [loser]
+    assert finalists(story).count(loser) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -535,7 +537,7 @@ def test_finals_that_were_stopped_go_on_to_the_same_choice(seed: int) -> None:
         resumed = Story(surface, known=whole.recorded[:place], answer=noisy(surface, 1), steps=LONG)
         resumed.run()
         kinds = [rung.purpose for rung in (*whole.recorded[:place], *resumed.recorded)]
-        assert kinds.count("final") == 6
+        assert kinds.count("final") >= 6
     assert chosen(Story(surface, known=whole.recorded, steps=LONG).run()) == best
 
 

@@ -1,8 +1,8 @@
-"""Tells the best two settings apart by measuring them again in turn, or calls them equal. Pure."""
+"""Tells the fastest settings apart by measuring them again in turn, or calls them equal. Pure."""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autotune.outcome import Interrupted, Measured, Rung
@@ -15,6 +15,10 @@ _LEAST_NOISE = 0.01
 _CERTAIN = 2.0
 """Differences beyond so many standard errors are no noise."""
 
+_ALIKE = 0.01
+"""Settings that differ by no more are equal, and the one that needs less memory is the better."""
+
+_MAX_CONTENDERS = 4
 _MAX_ROUNDS = 3
 _STUDENT_95 = {2: 12.71, 3: 4.30}
 """Two-sided 95 % quantiles of Student's t for the mean of so many pairs."""
@@ -22,48 +26,67 @@ _STUDENT_95 = {2: 12.71, 3: 4.30}
 
 @dataclass(frozen=True, slots=True)
 class Finals:
-    """Two settings whose first measurements do not tell them apart, and what came of later ones.
+    """Settings whose first measurements do not tell them apart, and what came of later ones.
+
+    In a round each of those that are left is measured once; who is surely slower than the fastest
+    of them then leaves.
 
     Attributes:
-        pair: the one that seemed faster first.
-        noise: by how much (in logarithm) they may differ though they seem alike.
-        rounds: logarithm of the speed of the first over that of the second, a figure a round.
-        failed: those of the pair that could not be measured again.
+        contenders: the one that seemed fastest first.
+        noise: by how much (in logarithm) two may differ though they seem alike.
+        again: logarithms of the speeds that were measured in the rounds; None for a failure.
     """
 
-    pair: tuple[Setting, Setting]
+    contenders: tuple[Setting, ...]
     noise: float
-    rounds: tuple[float, ...]
-    failed: frozenset[Setting]
+    again: Mapping[Setting, tuple[float | None, ...]]
 
     @property
     def is_over(self) -> bool:
-        return bool(self.failed) or len(self.rounds) >= _MAX_ROUNDS or self._decided() is not None
+        left, rounds = self._left()
+        return len(left) <= 1 or rounds == _MAX_ROUNDS
 
-    def next(self, rungs: Sequence[Rung]) -> Setting:
-        """Return the setting to measure now: the two take turns."""
-        first, second = (_times(rungs, setting) for setting in self.pair)
-        return self.pair[0] if len(first) <= len(second) else self.pair[1]
+    def next(self) -> Setting:
+        """Return the setting to measure now: they take turns."""
+        left, _ = self._left()
+        return min(left, key=lambda setting: len(self.again[setting]))
 
     def winner(self, rungs: Sequence[Rung]) -> Setting:
-        """Return the faster one; of equal ones that which needs less memory."""
-        for setting in self.pair:
-            if setting in self.failed:
-                return self.pair[1 - self.pair.index(setting)]
-        decided = self._decided()
-        if decided is not None:
-            return decided
-        return min(self.pair, key=lambda setting: _peak_bytes(rungs, setting))
+        """Return the fastest; of equal ones that which needs the least memory."""
+        left, rounds = self._left()
+        if not left:
+            return self.contenders[0]
+        if not rounds:
+            return left[0]
+        means = {setting: statistics.mean(self._logs(setting, rounds)) for setting in left}
+        fastest = max(means.values())
+        equal = [setting for setting in left if fastest - means[setting] <= _ALIKE]
+        return min(equal, key=lambda setting: _peak_bytes(rungs, setting))
 
-    def _decided(self) -> Setting | None:
-        count = len(self.rounds)
-        if count not in _STUDENT_95:
-            return None
-        mean = statistics.mean(self.rounds)
-        error = statistics.stdev(self.rounds) / math.sqrt(count)
-        if abs(mean) <= _STUDENT_95[count] * error:
-            return None
-        return self.pair[0] if mean > 0 else self.pair[1]
+    def _left(self) -> tuple[tuple[Setting, ...], int]:
+        """Return who may still win, and how many rounds are complete."""
+        left = tuple(one for one in self.contenders if None not in self.again[one])
+        for rounds in range(1, _MAX_ROUNDS + 1):
+            if len(left) <= 1 or any(len(self.again[one]) < rounds for one in left):
+                return left, rounds - 1
+            left = self._not_surely_slower(left, rounds)
+        return left, _MAX_ROUNDS
+
+    def _not_surely_slower(self, left: tuple[Setting, ...], rounds: int) -> tuple[Setting, ...]:
+        if rounds not in _STUDENT_95:
+            return left
+        leader = max(left, key=lambda one: statistics.mean(self._logs(one, rounds)))
+        best = self._logs(leader, rounds)
+
+        def may_win(one: Setting) -> bool:
+            behind = [a - b for a, b in zip(best, self._logs(one, rounds), strict=True)]
+            error = statistics.stdev(behind) / math.sqrt(rounds)
+            return one == leader or statistics.mean(behind) <= _STUDENT_95[rounds] * error
+
+        return tuple(filter(may_win, left))
+
+    def _logs(self, setting: Setting, rounds: int) -> list[float]:
+        return [speed for speed in self.again[setting][:rounds] if speed is not None]
 
 
 def finals(rungs: Sequence[Rung]) -> Finals | None:
@@ -73,34 +96,37 @@ def finals(rungs: Sequence[Rung]) -> Finals | None:
         for rung in rungs
         if rung.purpose == "search" and isinstance(rung.outcome, Measured)
     }
-    ranked = sorted(first, key=lambda setting: -first[setting].tokens_per_s)
-    if len(ranked) < 2:  # noqa: PLR2004 - a pair
+    ranked = sorted(first, key=lambda setting: -first[setting].tokens_per_s)[:_MAX_CONTENDERS]
+    if not ranked:
         return None
-    one, other = ranked[:2]
-    noise = math.hypot(*(max(first[setting].spread, _LEAST_NOISE) for setting in (one, other)))
-    difference = math.log(first[one].tokens_per_s / first[other].tokens_per_s)
-    if difference >= _CERTAIN * noise:
-        return None
-    again = {setting: _times(rungs, setting) for setting in (one, other)}
-    rounds = tuple(
-        math.log(first.tokens_per_s / second.tokens_per_s)
-        for first, second in zip(again[one], again[other], strict=False)
-        if first is not None and second is not None
+    best = first[ranked[0]]
+    noises = {one: math.hypot(_noise(best), _noise(first[one])) for one in ranked[1:]}
+    close = tuple(
+        one
+        for one, noise in noises.items()
+        if math.log(best.tokens_per_s / first[one].tokens_per_s) < _CERTAIN * noise
     )
-    failed = frozenset(setting for setting, times in again.items() if None in times)
-    return Finals((one, other), noise, rounds, failed)
+    if not close:
+        return None
+    contenders = (ranked[0], *close)
+    again = {setting: _again(rungs, setting) for setting in contenders}
+    return Finals(contenders, max(noises[one] for one in close), again)
 
 
-def _times(rungs: Sequence[Rung], setting: Setting) -> list[Measured | None]:
-    """Return what the finals measured of a setting, None for a failure, in order."""
+def _noise(outcome: Measured) -> float:
+    return max(outcome.spread, _LEAST_NOISE)
+
+
+def _again(rungs: Sequence[Rung], setting: Setting) -> tuple[float | None, ...]:
+    """Return what the rounds measured of a setting, in order."""
     outcomes = (
         rung.outcome for rung in rungs if rung.purpose == "final" and rung.setting == setting
     )
-    return [
-        outcome if isinstance(outcome, Measured) else None
+    return tuple(
+        math.log(outcome.tokens_per_s) if isinstance(outcome, Measured) else None
         for outcome in outcomes
         if not isinstance(outcome, Interrupted)
-    ]
+    )
 
 
 def _peak_bytes(rungs: Sequence[Rung], setting: Setting) -> int:

@@ -135,22 +135,22 @@ class Tuner:
             self.search.replace(trusted)
 
     def _tell_finalists_apart(self) -> None:
-        """Measure the best two in turn, as often as it takes, if their difference is worth it."""
+        """Measure the fastest in turn, as often as it takes, if their difference is worth it."""
         while (close := finals(self.search.rungs)) is not None and not close.is_over:
             if self._out_of_time() or not self._is_worth_telling(close):
                 return
-            setting = close.next(self.search.rungs)
-            _log.info("measuring again, as two are about as fast: %s", setting.label())
+            setting = close.next()
+            _log.info("measuring again, as others are about as fast: %s", setting.label())
             self._measure_again(setting, "final")
 
     def _is_worth_telling(self, close: Finals) -> bool:
-        """Whether telling two settings apart may save more of the training than it costs."""
-        rungs = [rung for rung in self.search.rungs if rung.setting in close.pair]
+        """Whether telling settings apart may save more of the training than it costs."""
+        rungs = [rung for rung in self.search.rungs if rung.setting in close.contenders]
         if all(rung.cached for rung in rungs):
             return False
         if any(rung.purpose == "final" for rung in rungs):
             return True
-        round_s = sum(map(self.search.seconds_of, close.pair))
+        round_s = sum(map(self.search.seconds_of, close.contenders))
         return close.noise * self.search.training_s() >= round_s
 
     def _measure_again(self, setting: Setting, purpose: Purpose) -> None:

@@ -263,7 +263,7 @@ class Search:
         }
 
     def best(self) -> Rung | None:
-        """Return the fastest measured setting, which the finals may have chosen of two alike."""
+        """Return the fastest measured setting, which the finals may have chosen of some alike."""
         measured = [rung for rung in self.rungs if isinstance(rung.outcome, Measured)]
         if not measured:
             return None
