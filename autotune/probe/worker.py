@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -123,19 +124,15 @@ class Ladder:
         self._meter.reset()
         self._fill_memory(rung)
         middle = rung.timed_rows[len(rung.timed_rows) // 2]
-        accumulate_s, boundary_s = [], []
-        for length, rows in rung.timed_rows:
-            # Of a boundary what counts is how much longer it takes: the two are timed in turn, so
-            # that what slows the machine meets both.
-            both = accumulates and length == middle[0]
-            kinds = (False, True) if both else (not accumulates,)
-            times = self._time(rows, rung, kinds)
-            accumulate_s.append((length, times[0]))
-            boundary_s += [(length, boundary) for boundary in times[1:]]
+        series = [(length, rows, not accumulates) for length, rows in rung.timed_rows]
+        if accumulates:
+            series.append((*middle, True))
+        times = self._time([(rows, boundary) for _, rows, boundary in series], rung)
+        timed = [(length, own) for (length, _, _), own in zip(series, times, strict=True)]
         return RungMeasurement(
             micro_batch_size=rung.micro_batch_size,
-            accumulate_s=tuple(accumulate_s),
-            boundary_s=tuple(boundary_s),
+            accumulate_s=tuple(timed[: len(rung.timed_rows)]),
+            boundary_s=tuple(timed[len(rung.timed_rows) :]),
             peak_bytes=round(self._meter.peak_bytes() * (1 + self._meter.growth)),
             seconds=time.perf_counter() - started,
         )
@@ -148,25 +145,24 @@ class Ladder:
         self._take(held[-1], rung, boundary=True)
 
     def _time(
-        self, rows: tuple[int, ...], rung: RungPlan, kinds: tuple[bool, ...]
+        self, kinds: Sequence[tuple[tuple[int, ...], bool]], rung: RungPlan
     ) -> list[tuple[float, ...]]:
         """Repeat micro-steps until their times have settled; returns the repetitions that count.
 
-        There is a series for each of `kinds`, which says whether its micro-step is a boundary. Of
-        each repetition the slowest rank's time is known to all, so all see the same sample and stop
-        after the same one: a repetition is a collective.
+        There is a series for each of `kinds`: the rows of a micro-step, and whether it is a
+        boundary. They are taken in turn, as lengths come in a training too, so that what slows the
+        machine for a while meets all alike. Of each micro-step the slowest rank's time is known to
+        all, so all stop after the same round: a micro-step is a collective.
         """
-        own: list[list[float]] = [[] for _ in kinds]
-        slowest: list[list[float]] = [[] for _ in kinds]
-        while None in (samples := [settled(times) for times in slowest]):
-            for kind, boundary in enumerate(kinds):
-                own[kind].append(self._step(rows, rung, boundary=boundary))
-                slowest[kind].append(self._slowest(own[kind][-1]))
-        return [
-            tuple(times[-len(sample) :])
-            for times, sample in zip(own, samples, strict=True)
-            if sample is not None
-        ]
+        rounds: list[list[float]] = []
+        slowest: list[float] = []
+        while (sample := settled(slowest)) is None:
+            rounds.append([])
+            slowest.append(0.0)
+            for rows, boundary in kinds:
+                rounds[-1].append(self._step(rows, rung, boundary=boundary))
+                slowest[-1] += self._slowest(rounds[-1][-1])
+        return list(zip(*rounds[-len(sample) :], strict=True))
 
     def _step(self, rows: tuple[int, ...], rung: RungPlan, *, boundary: bool) -> float:
         """Take a micro-step, its batch put together as training does it in between."""
