@@ -260,6 +260,10 @@ _HOST_MEMORY_BYTES_PER_S = 150 * _GIGA
 """Assumed of a host: eight channels of DDR4-3200 at three quarters, shared by its devices."""
 _LAUNCH_S = 5e-6
 """Time that starting an operator takes on a GPU; CUDA's launch overhead is a few microseconds."""
+_MEETING_S = 3e-5
+_NODES_MEETING_S = 1e-4
+"""Assumed of a collective of next to nothing, within a node and among nodes: `detect --bench`
+measures it."""
 
 
 def named_cluster(
@@ -293,7 +297,8 @@ def named_rates(gpus: Sequence[NodeGpus], nodes: int, precision: str) -> Rates:
     devices = max(node.count for node in gpus)
     flops = slowest.single_flops_per_s if precision == "fp32" else slowest.half_flops_per_s
     link = slowest.peer_bytes_per_s
-    if nodes > 1 or len(gpus) > 1:
+    several_nodes = nodes > 1 or len(gpus) > 1
+    if several_nodes:
         link = min(link, _NODE_NETWORK_BYTES_PER_S / devices)
     return Rates(
         matmul_flops_per_s=ACHIEVED_ARITHMETIC * flops,
@@ -302,4 +307,5 @@ def named_rates(gpus: Sequence[NodeGpus], nodes: int, precision: str) -> Rates:
         host_link_bytes_per_s=_ACHIEVED_BANDWIDTH * slowest.host_bytes_per_s,
         host_memory_bytes_per_s=_HOST_MEMORY_BYTES_PER_S / devices,
         operator_overhead_s=_LAUNCH_S,
+        collective_overhead_s=_NODES_MEETING_S if several_nodes else _MEETING_S,
     )

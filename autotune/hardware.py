@@ -58,9 +58,9 @@ class Cluster:
 class Rates:
     """What one rank of this machine was measured to do.
 
-    `link_bytes_per_s` is what ranks exchange; on a CPU that goes through its memory. The rates of
-    the host count for an offloaded optimizer: between device and host, and of the host's memory,
-    for one rank while all are busy.
+    `link_bytes_per_s` is what ranks exchange, `collective_overhead_s` what starting a collective
+    takes. The rates of the host count for an offloaded optimizer: between device and host, and of
+    the host's memory, for one rank while all are busy.
     """
 
     matmul_flops_per_s: float
@@ -69,6 +69,7 @@ class Rates:
     host_link_bytes_per_s: float
     host_memory_bytes_per_s: float
     operator_overhead_s: float
+    collective_overhead_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,7 @@ class Bench:
         host_link_bytes_per_s: from device to host.
         host_memory_bytes_per_s: as `memory_bytes_per_s`, of the host.
         operator_overhead_s: time that a small operator takes.
+        collective_overhead_s: time that an all-reduce of next to nothing takes; 0 of one rank.
     """
 
     ranks: int
@@ -91,6 +93,7 @@ class Bench:
     host_link_bytes_per_s: float
     host_memory_bytes_per_s: float
     operator_overhead_s: float
+    collective_overhead_s: float
 
     @classmethod
     def slowest(cls, ranks: Sequence["Bench"]) -> "Bench":
@@ -108,6 +111,7 @@ class Bench:
             host_link_bytes_per_s=min(one.host_link_bytes_per_s for one in ranks),
             host_memory_bytes_per_s=min(one.host_memory_bytes_per_s for one in ranks),
             operator_overhead_s=max(one.operator_overhead_s for one in ranks),
+            collective_overhead_s=max(one.collective_overhead_s for one in ranks),
         )
 
     @classmethod
@@ -134,4 +138,5 @@ class Bench:
             host_link_bytes_per_s=self.host_link_bytes_per_s,
             host_memory_bytes_per_s=self.host_memory_bytes_per_s,
             operator_overhead_s=self.operator_overhead_s,
+            collective_overhead_s=self.collective_overhead_s,
         )

@@ -26,6 +26,7 @@ from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import (
     ConfigError,
     InputMissingError,
+    SetupFaultError,
     UsageError,
     VirtualRunUnavailableError,
 )
@@ -226,7 +227,7 @@ def look_into(
     """
     model = _look_at_model(question, attention, checkpointing, logs)
     data = _look_at_data(question, model, dataset_dir, imagined)
-    return _workload(question, model, data, logs)
+    return _workload(question, model, data)
 
 
 def compare(
@@ -256,7 +257,7 @@ def compare(
             models[traced] = _look_at_model(one, "auto", CHECKPOINTING_MODES, logs)
         data = data or _look_at_data(one, models[traced], dataset_dir, imagined)
         try:
-            found.append(_workload(one, models[traced], data, logs))
+            found.append(_workload(one, models[traced], data))
         except UsageError as refusal:
             found.append(refusal)
     return found
@@ -343,13 +344,10 @@ def _look_at_data(
     return _Data(profile=dataset, lengths=lengths, rows=len(lengths))
 
 
-def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Workload:
+def _workload(question: Question, model: _Model, data: _Data) -> Workload:
     cluster, named = question.cluster, question.named
     job, profile = model.job, model.profile
-    if named is None:
-        rates = _rates(cluster, job.precision, logs)
-    else:
-        rates = _named_rates(named, job.precision)
+    rates = _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
 
     space = enumerate_space(
         cluster,
@@ -537,17 +535,20 @@ def _profile(
     return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 
-def _rates(cluster: Cluster, precision: str, logs: Path) -> Rates:
-    from autotune.profile.child import measured_rates, rates_from_json
+def _rates(cluster: Cluster, precision: str) -> Rates:
+    """Return what the ranks of this machine do, measured once.
 
-    bench = read_bench(cluster)
-    if bench is not None and (rates := bench.rates(precision)) is not None:
-        return rates
-    path = _cache_path("rates", cluster.identity(), precision, versions())
-    threads, log = cluster.threads_per_rank, logs / "rates.log"
-    return cached(
-        path, lambda: measured_rates(cluster.kind, precision, threads, log), rates_from_json
-    )
+    Raises:
+        SetupFaultError: torch cannot use the devices, or not in this precision.
+    """
+    rates = bench(cluster).rates(precision)
+    if rates is None:
+        msg = (
+            f"torch cannot multiply matrices in {precision} on {cluster.device_name}: choose "
+            "another --precision"
+        )
+        raise SetupFaultError(msg)
+    return rates
 
 
 def bench(cluster: Cluster, *, anew: bool = False) -> Bench:
@@ -610,6 +611,7 @@ def _named_rates(named: NamedHardware, precision: str) -> Rates:
         measured,
         link_bytes_per_s=rates.link_bytes_per_s,
         host_memory_bytes_per_s=rates.host_memory_bytes_per_s,
+        collective_overhead_s=rates.collective_overhead_s,
     )
 
 

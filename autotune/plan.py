@@ -17,10 +17,9 @@ from autotune.throughput import (
     Floats,
     Ints,
     hidden_s,
-    predicted_communication_s,
+    predicted_communication,
     predicted_hideable,
     predicted_micro_step,
-    predicted_more_collectives_s,
     predicted_offload_s,
     predicted_update_s,
     synchronises_every_micro_step,
@@ -304,17 +303,20 @@ def _added(space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rate
     Below these two rows are those of what may be hidden of them, as `hidden_s` takes them.
     """
     size = job.compute_bytes
+    communications = [
+        predicted_communication(profile, structure, space.ranks, rates, size)
+        for structure in space.structures
+    ]
     added = [
         (
-            predicted_communication_s(profile, structure.zero_stage, space.ranks, rates, size),
-            predicted_more_collectives_s(profile, structure, space.ranks, rates),
+            (talk.forward_s + talk.backward_s, talk.last_backward_s + talk.update_s),
             predicted_offload_s(profile, structure, cluster, rates, size),
             (0.0, predicted_update_s(profile, structure, cluster, rates)),
         )
-        for structure in space.structures
+        for talk, structure in zip(communications, space.structures, strict=True)
     ]
     hideable = [
-        astuple(predicted_hideable(profile, structure, cluster, rates, size))
-        for structure in space.structures
+        astuple(predicted_hideable(talk, structure, cluster))
+        for talk, structure in zip(communications, space.structures, strict=True)
     ]
     return np.concatenate([np.array(added).sum(axis=1).T, np.array(hideable).T])

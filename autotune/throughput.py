@@ -1,13 +1,13 @@
 """Time of an optimizer step, from the time of micro-steps and the lengths of real rows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
-from autotune.setting import DEFAULT_PERSISTENCE_THRESHOLD, Structure
+from autotune.setting import Structure
 from autotune.workload import ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
@@ -200,51 +200,64 @@ def predicted_micro_step(
     )
 
 
-def predicted_communication_s(
-    profile: ModelProfile, zero_stage: int, ranks: int, rates: Rates, element_bytes: int
-) -> tuple[float, float]:
-    """Return the seconds of communication (each micro-step, each update) of a rank.
-
-    Bytes a rank sends, by the ring algorithms, of the ZeRO paper (arXiv:1910.02054, section 7): an
-    all-reduce of the gradients twice their size, ZeRO 1 and 2 a reduce-scatter of the gradients and
-    an all-gather of the weights that were trained, ZeRO 3 two all-gathers of all weights and a
-    reduce-scatter in each micro-step. DeepSpeed reduces at stage 2 in each micro-step too.
-    """
-    share = (ranks - 1) / ranks
-    gradients_s = share * element_bytes * profile.trainable_parameters / rates.link_bytes_per_s
-    weights_s = share * element_bytes * profile.parameters / rates.link_bytes_per_s
-    match zero_stage:
-        case 0 | 1:
-            return 0.0, 2 * gradients_s
-        case 2:
-            return gradients_s, gradients_s
-        case _:
-            return gradients_s + 2 * weights_s, 0.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hideable:
-    """Seconds of communication that run beside computing, as far as that is long enough.
+class Communication:
+    """Seconds that a rank communicates, by what of an optimizer step that belongs to.
 
     Attributes:
-        backward_s: of each micro-step, beside its backward pass.
-        forward_s: of each micro-step, beside its forward pass.
-        last_backward_s: beside the backward pass of the last micro-step of an update.
+        forward_s: each forward pass.
+        backward_s: each backward pass.
+        last_backward_s: the backward pass of the last micro-step of an update, besides.
+        update_s: each update.
     """
 
-    backward_s: float = 0.0
     forward_s: float = 0.0
+    backward_s: float = 0.0
     last_backward_s: float = 0.0
+    update_s: float = 0.0
+
+
+def predicted_communication(
+    profile: ModelProfile, structure: Structure, ranks: int, rates: Rates, element_bytes: int
+) -> Communication:
+    """Return what a rank communicates: its bytes over the link, and the start of each collective.
+
+    Bytes that a rank sends, by the ring algorithms, as in the ZeRO paper (arXiv:1910.02054, section
+    7), but for stages 1 and 2, which reduce a bucket of gradients to all ranks and then keep their
+    own part (average_tensor of stage_1_and_2.py, use_multi_rank_bucket_allreduce): twice the size
+    of the gradients. They gather the weights that were trained after the update. Stage 3 gathers
+    all weights in either pass and scatters the gradients.
+    """
+    if ranks == 1:
+        return Communication()
+    a_byte_s = (ranks - 1) / ranks / rates.link_bytes_per_s
+    gradients_s = a_byte_s * element_bytes * profile.trainable_parameters
+    weights_s = a_byte_s * element_bytes * profile.parameters
+
+    def started_s(bucket: int) -> float:
+        buckets = -(-profile.trainable_parameters // profile.bucket(bucket))
+        return buckets * rates.collective_overhead_s
+
+    reduced_s = 2 * gradients_s + started_s(structure.reduce_bucket_size)
+    gathered_s = gradients_s + started_s(structure.allgather_bucket_size)
+    match structure.zero_stage:
+        case 0:
+            return Communication(update_s=reduced_s)
+        case 1:
+            return Communication(last_backward_s=reduced_s, update_s=gathered_s)
+        case 2:
+            return Communication(backward_s=reduced_s, update_s=gathered_s)
+        case _:
+            gathers = profile.longer_than(structure.stage3_param_persistence_threshold)
+            weights_s += gathers * rates.collective_overhead_s
+            scattered_s = reduced_s - gradients_s
+            return Communication(forward_s=weights_s, backward_s=weights_s + scattered_s)
 
 
 def predicted_hideable(
-    profile: ModelProfile,
-    structure: Structure,
-    cluster: Cluster,
-    rates: Rates,
-    element_bytes: int,
-) -> Hideable:
-    """Return what of `predicted_communication_s` runs in a stream of its own (overlap_comm).
+    communication: Communication, structure: Structure, cluster: Cluster
+) -> Communication:
+    """Return what of it runs beside computing in a stream of its own (overlap_comm).
 
     Gradients are reduced there as the backward pass makes them (reduction_stream of
     stage_1_and_2.py, reduce_and_partition_stream of stage3.py), at stage 1 in the last micro-step
@@ -252,16 +265,8 @@ def predicted_hideable(
     (partitioned_param_coordinator.py). On a CPU there are no streams.
     """
     if not structure.overlap_comm or not cluster.has_separate_memory:
-        return Hideable()
-    share = (cluster.num_devices - 1) / cluster.num_devices * element_bytes / rates.link_bytes_per_s
-    gradients_s, weights_s = share * profile.trainable_parameters, share * profile.parameters
-    match structure.zero_stage:
-        case 1:
-            return Hideable(last_backward_s=gradients_s)
-        case 2:
-            return Hideable(backward_s=gradients_s)
-        case _:
-            return Hideable(backward_s=gradients_s + weights_s, forward_s=weights_s)
+        return Communication()
+    return replace(communication, update_s=0.0)
 
 
 _BACKWARD = 2 / 3
@@ -272,45 +277,15 @@ once. Recomputing makes it more."""
 def hidden_s(hideable: Sequence[Floats], computing_s: Floats, micro_steps: Ints) -> Floats:
     """Return the seconds of an optimizer step in which communication is hidden.
 
-    Arguments are columns: those of `Hideable`, and what a step computes in how many micro-steps.
+    Arguments are columns: those of `Communication` that can be, and what a step computes in how
+    many micro-steps.
     """
-    backward_s, forward_s, last_s = hideable
+    forward_s, backward_s, last_s, _ = hideable
     a_micro_step = computing_s / micro_steps
     backward, forward = _BACKWARD * a_micro_step, (1 - _BACKWARD) * a_micro_step
     each = np.minimum(backward_s, backward) + np.minimum(forward_s, forward)
     hidden: Floats = micro_steps * each + np.minimum(last_s, backward)
     return hidden
-
-
-def predicted_more_collectives_s(
-    profile: ModelProfile, structure: Structure, ranks: int, rates: Rates
-) -> tuple[float, float]:
-    """Return the seconds (each micro-step, each update) of starting more collectives than usual.
-
-    A bucket that is smaller than by default makes more of them, and at stage 3 so does each
-    parameter that is not left whole any more, in either pass.
-    """
-    if ranks == 1 or structure.zero_stage == 0:
-        return 0.0, 0.0
-
-    def buckets(elements: int) -> int:
-        return max(1, -(-profile.trainable_parameters // elements))
-
-    reduce, gather = (
-        (buckets(profile.bucket(size)) - buckets(profile.bucket_elements))
-        * rates.operator_overhead_s
-        for size in (structure.reduce_bucket_size, structure.allgather_bucket_size)
-    )
-    match structure.zero_stage:
-        case 1:
-            return 0.0, reduce + gather
-        case 2:
-            return reduce, gather
-        case _:
-            left = structure.stage3_param_persistence_threshold
-            sizes = np.array(profile.trained_sizes + profile.frozen_sizes)
-            parted = np.sum((sizes > left) & (sizes <= DEFAULT_PERSISTENCE_THRESHOLD))
-            return reduce + 2 * float(parted) * rates.operator_overhead_s, 0.0
 
 
 def predicted_update_s(

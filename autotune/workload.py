@@ -234,6 +234,10 @@ class ModelProfile:
             return asked
         return min(self.bucket_elements, 2 * self.largest_layer_parameters)
 
+    def longer_than(self, elements: int) -> int:
+        """Count the parameters of more elements."""
+        return sum(size > elements for size in self.trained_sizes + self.frozen_sizes)
+
     def trace(self, checkpointing: str, attention: str | None = None) -> Trace:
         """Return the trace of one way to run the model, by the attention of `traces` unless told.
 

@@ -132,6 +132,7 @@ RATES = Rates(
     memory_bytes_per_s=1e12,
     link_bytes_per_s=1e11,
     operator_overhead_s=1e-5,
+    collective_overhead_s=5e-5,
 )
 
 

@@ -29,6 +29,7 @@ benches = st.builds(
     host_link_bytes_per_s=rates_of_ranks,
     host_memory_bytes_per_s=rates_of_ranks,
     operator_overhead_s=st.floats(1e-7, 1e-3),
+    collective_overhead_s=st.floats(1e-7, 1e-2),
 )
 
 
@@ -39,6 +40,7 @@ def test_the_slowest_rank_counts(ranks: list[Bench]) -> None:
     for one in ranks:
         assert slowest.memory_bytes_per_s <= one.memory_bytes_per_s
         assert slowest.operator_overhead_s >= one.operator_overhead_s
+        assert slowest.collective_overhead_s >= one.collective_overhead_s
         for precision, flops in slowest.matmul_flops_per_s:
             assert flops <= dict(one.matmul_flops_per_s)[precision]
 
@@ -57,6 +59,7 @@ def test_a_precision_that_was_not_measured_has_no_rates() -> None:
         host_link_bytes_per_s=1e10,
         host_memory_bytes_per_s=1e10,
         operator_overhead_s=1e-6,
+        collective_overhead_s=0.0,
     )
     assert bench.rates("bf16") is None
     alone = bench.rates("fp32")
@@ -84,6 +87,7 @@ def test_two_ranks_measure_each_figure(document: dict[str, Any]) -> None:
     assert 1e7 < bench["memory_bytes_per_s"] < 1e13
     assert 1e6 < bench["all_reduce_bytes_per_s"] < 1e12
     assert 1e-8 < bench["operator_overhead_s"] < 1e-2
+    assert 1e-6 < bench["collective_overhead_s"] < 1
 
 
 def measured(document: dict[str, Any]) -> Bench:
@@ -91,10 +95,10 @@ def measured(document: dict[str, Any]) -> Bench:
     return Bench.from_json({**bench, "matmul_flops_per_s": bench["matmul_flops_per_s"].items()})
 
 
-def test_it_is_kept_and_estimates_use_it(document: dict[str, Any], tmp_path: Path) -> None:
+def test_it_is_kept_and_estimates_use_it(document: dict[str, Any]) -> None:
     cluster = detect("cpu:2")
     assert intake.bench(cluster) == measured(document)
-    assert intake._rates(cluster, "fp32", tmp_path) == measured(document).rates("fp32")
+    assert intake._rates(cluster, "fp32") == measured(document).rates("fp32")
 
 
 def test_another_number_of_ranks_was_not_measured(document: dict[str, Any]) -> None:
@@ -130,6 +134,7 @@ def test_of_named_gpus_that_are_here_the_bench_counts_and_not_the_table(
         host_link_bytes_per_s=2e10,
         host_memory_bytes_per_s=3e10,
         operator_overhead_s=4e-6,
+        collective_overhead_s=2e-5,
     )
     bench = Bench(
         ranks=2,
@@ -139,6 +144,7 @@ def test_of_named_gpus_that_are_here_the_bench_counts_and_not_the_table(
         host_link_bytes_per_s=seen.host_link_bytes_per_s,
         host_memory_bytes_per_s=seen.host_memory_bytes_per_s,
         operator_overhead_s=seen.operator_overhead_s,
+        collective_overhead_s=seen.collective_overhead_s,
     )
     (cache_dir() / "bench").mkdir()
     write_json(
@@ -154,6 +160,7 @@ def test_of_named_gpus_that_are_here_the_bench_counts_and_not_the_table(
             seen,
             link_bytes_per_s=by_table.link_bytes_per_s,
             host_memory_bytes_per_s=by_table.host_memory_bytes_per_s,
+            collective_overhead_s=by_table.collective_overhead_s,
         )
     )
     assert intake._named_rates(named, "bf16") == expected

@@ -17,7 +17,7 @@ from autotune.throughput import (
     StepRate,
     evaluate,
     integrate,
-    predicted_communication_s,
+    predicted_communication,
     predicted_hideable,
     predicted_micro_step,
     predicted_offload_s,
@@ -212,11 +212,12 @@ def predicted_alone(plan: Plan, row: int) -> StepRate:
     computing = predicted_micro_step(
         profile, setting.structure.checkpointing, RATES, setting.micro_batch_size
     )
-    each_s, last_s = predicted_communication_s(profile, stage, ranks, RATES, job.compute_bytes)
+    talk = predicted_communication(profile, setting.structure, ranks, RATES, job.compute_bytes)
+    each_s, last_s = talk.forward_s + talk.backward_s, talk.last_backward_s + talk.update_s
     place = (profile, setting.structure, make_cluster(gpus=ranks), RATES)
     copies_each_s, copies_last_s = predicted_offload_s(*place, job.compute_bytes)
     update_s = copies_last_s + predicted_update_s(*place)
-    hideable = predicted_hideable(*place, job.compute_bytes)
+    hideable = predicted_hideable(talk, setting.structure, make_cluster(gpus=ranks))
     shown = integrate(
         DrawnRows.draw(LENGTHS, job.seed),
         micro_batch_size=setting.micro_batch_size,

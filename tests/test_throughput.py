@@ -1,7 +1,7 @@
 """Step times over real lengths, held against plain loops."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 
 import numpy as np
@@ -12,6 +12,7 @@ from records import RATES, make_cluster, make_profile
 
 from autotune.setting import Structure
 from autotune.throughput import (
+    Communication,
     DrawnRows,
     DrawnSteps,
     Floats,
@@ -20,13 +21,13 @@ from autotune.throughput import (
     evaluate,
     integrate,
     padded_lengths,
-    predicted_communication_s,
+    predicted_communication,
     predicted_micro_step,
     predicted_offload_s,
     predicted_update_s,
     synchronises_every_micro_step,
 )
-from autotune.workload import Polynomial
+from autotune.workload import ModelProfile, Polynomial
 
 lengths_of_rows = st.lists(st.integers(1, 2000), min_size=1, max_size=60).map(
     lambda lengths: np.array(lengths, dtype=np.int64)
@@ -184,15 +185,36 @@ def test_more_rows_a_micro_step_never_cost_a_row_more() -> None:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_one_rank_has_nobody_to_talk_to(stage: int) -> None:
-    assert predicted_communication_s(make_profile(), stage, 1, RATES, 2) == (0.0, 0.0)
+    structure = Structure(zero_stage=stage)
+    alone = predicted_communication(make_profile(), structure, 1, RATES, 2)
+    assert alone == Communication()
 
 
 def test_only_stages_2_and_3_talk_in_every_micro_step() -> None:
-    talk = [predicted_communication_s(make_profile(), stage, 4, RATES, 2) for stage in range(4)]
-    assert [each > 0 for each, _ in talk] == [False, False, True, True]
-    # Three quarters of 2 GB of gradients and as much of weights over 100 GB/s.
-    assert talk[3] == pytest.approx((3 * 0.015, 0.0))
-    assert talk[0] == pytest.approx((0.0, 2 * 0.015))
+    talk = [astuple(talk_of(Structure(zero_stage=stage))) for stage in range(4)]
+    # Three quarters of 2 GB of gradients and as much of weights over 100 GB/s; two buckets.
+    once, start = 0.015, 2 * RATES.collective_overhead_s
+    assert talk[0] == pytest.approx((0.0, 0.0, 0.0, 2 * once + start))
+    assert talk[1] == pytest.approx((0.0, 0.0, 2 * once + start, once + start))
+    assert talk[2] == pytest.approx((0.0, 2 * once + start, 0.0, once + start))
+    gathering = once + make_profile().longer_than(100_000) * RATES.collective_overhead_s
+    assert talk[3] == pytest.approx((gathering, gathering + once + start, 0.0, 0.0))
+
+
+def talk_of(structure: Structure, profile: ModelProfile | None = None) -> Communication:
+    return predicted_communication(profile or make_profile(), structure, 4, RATES, 2)
+
+
+def test_short_buckets_and_parameters_that_are_parted_start_more_collectives() -> None:
+    sizes = (50_000,) * 30 + (10_000_000,) * 97
+    profile = replace(make_profile(), trained_sizes=sizes)
+    plain, start = Structure(zero_stage=3), RATES.collective_overhead_s
+    short = replace(plain, reduce_bucket_size=100_000_000)
+    more = talk_of(short, profile).backward_s - talk_of(plain, profile).backward_s
+    assert more == pytest.approx((10 - 2) * start)
+    parted = replace(plain, stage3_param_persistence_threshold=10_000)
+    more = talk_of(parted, profile).forward_s - talk_of(plain, profile).forward_s
+    assert more == pytest.approx(30 * start)
 
 
 def test_a_sharded_update_takes_its_share_of_the_time() -> None:
@@ -227,6 +249,11 @@ def test_offloaded_weights_come_twice_a_micro_step() -> None:
 
 def test_adapters_alone_are_gathered_before_stage_3() -> None:
     adapters = replace(make_profile(), trainable_parameters=1_000_000)
-    talk = [sum(predicted_communication_s(adapters, stage, 4, RATES, 2)) for stage in range(4)]
-    assert talk[0] == talk[1] == talk[2] == pytest.approx(2 * 0.75 * 2e6 / 1e11)
+    talk = [
+        sum(astuple(predicted_communication(adapters, Structure(zero_stage=stage), 4, RATES, 2)))
+        for stage in range(4)
+    ]
+    once, start = 0.75 * 2e6 / 1e11, RATES.collective_overhead_s
+    assert talk[0] == pytest.approx(2 * once + start)
+    assert talk[1] == talk[2] == pytest.approx(3 * once + 2 * start)
     assert talk[3] > 100 * talk[0]

@@ -68,6 +68,8 @@ def _bench_rows(cluster: Cluster, measured: Bench) -> list[tuple[str, str]]:
     if measured.all_reduce_bytes_per_s is not None:
         sent = f"{measured.all_reduce_bytes_per_s / 1e9:.2f} GB/s sent by each of {measured.ranks}"
         rows.append(("all-reduce", sent))
+        starting = f"{measured.collective_overhead_s * 1e6:.0f} us"
+        rows.append(("starting a collective", starting))
     if cluster.has_separate_memory:
         rows += [
             ("device to host", f"{measured.host_link_bytes_per_s / 1e9:.1f} GB/s a rank"),

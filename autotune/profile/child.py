@@ -13,7 +13,7 @@ from typing import Any
 
 from autotune import processes
 from autotune.errors import AutotuneError, ConfigError, SetupFaultError
-from autotune.hardware import Bench, Rates
+from autotune.hardware import Bench
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
 from autotune.workload import ModelProfile, Moment, Polynomial, Trace
@@ -40,15 +40,6 @@ def traced(request: TraceRequest, log: Path) -> dict[str, Any]:
     # A model without checkpointing answers each with the same.
     traces = dict(trace for answer in answers for trace in answer["traces"])
     return answers[0] | {"traces": list(traces.items())}
-
-
-def measured_rates(device_kind: str, precision: str, threads: int, log: Path) -> dict[str, Any]:
-    """Measure the machine in a process of its own; returns the rates as JSON.
-
-    Raises:
-        SetupFaultError: torch cannot use the device.
-    """
-    return _checked(_ask(_measure, device_kind, precision, threads, log=log), "measure the device")
 
 
 def benched(device_kind: str, threads: int, ranks: int, logs: Path) -> dict[str, Any]:
@@ -188,12 +179,6 @@ def _require_known(request: TraceRequest) -> None:
     raise ConfigError(msg)
 
 
-def _measure(device_kind: str, precision: str, threads: int, path: str) -> None:
-    from autotune.profile.rates import measure_rates
-
-    _answer(path, lambda: asdict(measure_rates(device_kind, precision, threads)))
-
-
 def _bench(device_kind: str, threads: int, rank: int, ranks: int, store: str, path: str) -> None:
     from autotune.profile.rates import bench_rank
 
@@ -253,8 +238,3 @@ def _moment_from_json(document: dict[str, Any]) -> Moment:
         name: Polynomial(**document[name]) for name in ("rows_bytes", "batch_bytes", "logits_bytes")
     }
     return Moment(**{**document, **polynomials, "lengths": tuple(document["lengths"])})
-
-
-def rates_from_json(document: dict[str, Any]) -> Rates:
-    """Read what `measured_rates` returned."""
-    return Rates(**document)

@@ -3,13 +3,13 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 
 from autotune.engine.model import DTYPES
-from autotune.hardware import Bench, Rates
+from autotune.hardware import Bench
 from autotune.workload import COMPUTE_BYTES
 
 _log = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ _COPY_BYTES = {"cpu": 32 * 1024 * 1024}
 _COPY_BYTES_ACCELERATOR = 1024 * 1024 * 1024
 _SECONDS_EACH = 0.3
 _ALL_REDUCES = 9
+_SMALL_ALL_REDUCES = 49
 _MEETING_TIMEOUT = timedelta(seconds=60)
 
 
@@ -29,21 +30,13 @@ class Meter:
     Args:
         device_kind: cpu or cuda.
         threads: of a rank.
-        choose: makes one figure of the seconds that calls took.
         together: called before each measurement, so that all ranks are busy at once.
     """
 
-    def __init__(
-        self,
-        device_kind: str,
-        threads: int,
-        choose: Callable[[Sequence[float]], float] = min,
-        together: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, device_kind: str, threads: int, together: Callable[[], object]) -> None:
         from deepspeed.accelerator import get_accelerator
 
         torch.set_num_threads(threads)
-        self._choose = choose
         self._together = together
         self._synchronize = get_accelerator().synchronize
         self._device = "cpu" if device_kind == "cpu" else get_accelerator().current_device_name()
@@ -76,15 +69,22 @@ class Meter:
     def all_reduce_bytes_per_s(self, ranks: int) -> float:
         """All-reduce over the ranks; counted are the bytes that a rank sends in a ring."""
         gradients = self._host.to(self._device).view(torch.float32)
-        seconds = self._seconds(lambda: torch.distributed.all_reduce(gradients), calls=_ALL_REDUCES)
+        seconds = self._all_reduced_s(gradients, _ALL_REDUCES)
         return 2 * (ranks - 1) / ranks * self._host.numel() / seconds
+
+    def collective_overhead_s(self) -> float:
+        """All-reduce next to nothing, so that only starting and meeting counts."""
+        return self._all_reduced_s(torch.ones(8, device=self._device), _SMALL_ALL_REDUCES)
+
+    def _all_reduced_s(self, tensor: torch.Tensor, calls: int) -> float:
+        return self._seconds(lambda: torch.distributed.all_reduce(tensor), calls=calls)
 
     def _copied(self, source: torch.Tensor) -> float:
         target = torch.empty_like(source)
         return 2 * source.numel() / self._seconds(lambda: target.copy_(source))
 
     def _seconds(self, work: Callable[[], object], *, calls: int | None = None) -> float:
-        """Return the seconds of one call, chosen from calls made for a while after a warm-up.
+        """Return the seconds of one call, the median of calls made for a while after a warm-up.
 
         What ranks do together they do in so many `calls`, the same for each.
         """
@@ -94,28 +94,13 @@ class Meter:
         deadline = time.perf_counter() + _SECONDS_EACH
         while len(taken) < (calls or 1) or (calls is None and time.perf_counter() < deadline):
             taken.append(self._timed(work))
-        return self._choose(taken)
+        return statistics.median(taken)
 
     def _timed(self, work: Callable[[], object]) -> float:
         started = time.perf_counter()
         work()
         self._synchronize()
         return time.perf_counter() - started
-
-
-def measure_rates(device_kind: str, precision: str, threads: int) -> Rates:
-    """Measure matrix multiplication, copying, and the time that starting an operator takes."""
-    meter = Meter(device_kind, threads)
-    copied = meter.memory_bytes_per_s()
-    return Rates(
-        matmul_flops_per_s=meter.matmul_flops_per_s(precision),
-        memory_bytes_per_s=copied,
-        # Ranks on one host exchange through its memory; each byte is written once and read once.
-        link_bytes_per_s=copied / 2,
-        host_link_bytes_per_s=meter.host_link_bytes_per_s(),
-        host_memory_bytes_per_s=meter.host_memory_bytes_per_s(),
-        operator_overhead_s=meter.operator_overhead_s(),
-    )
 
 
 def bench_rank(device_kind: str, threads: int, rank: int, ranks: int, store: str) -> Bench:
@@ -135,7 +120,7 @@ def bench_rank(device_kind: str, threads: int, rank: int, ranks: int, store: str
         world_size=ranks,
         timeout=_MEETING_TIMEOUT,
     )
-    meter = Meter(device_kind, threads, statistics.median, torch.distributed.barrier)
+    meter = Meter(device_kind, threads, torch.distributed.barrier)
     return Bench(
         ranks=ranks,
         matmul_flops_per_s=tuple(_by_precision(meter)),
@@ -144,6 +129,7 @@ def bench_rank(device_kind: str, threads: int, rank: int, ranks: int, store: str
         host_link_bytes_per_s=meter.host_link_bytes_per_s(),
         host_memory_bytes_per_s=meter.host_memory_bytes_per_s(),
         operator_overhead_s=meter.operator_overhead_s(),
+        collective_overhead_s=meter.collective_overhead_s() if ranks > 1 else 0.0,
     )
 
 

@@ -26,9 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "probe"))
 
-from against_defaults import compared
 from bench_job import RANKS, BenchJob, prepare
-from exhaustive import search
+from exhaustive import compared, search
 from predicted_against_trained import trained
 
 from autotune import builtin

@@ -18,7 +18,6 @@ Prints one JSON document and writes it to benchmarks/results/against_defaults.js
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -27,12 +26,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from scipy import stats  # type: ignore[import-untyped]
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "probe"))
 
 from bench_job import RANKS, BenchJob, prepare
-from exhaustive import measure, search
+from exhaustive import compared, measure, search
 from predicted_against_trained import trained
 
 from autotune.outcome import Measured
@@ -72,17 +69,6 @@ def opponents(job: BenchJob) -> dict[str, Setting]:
         "LLaMA-Factory, ZeRO 2": at(job, 1, zero_stage=2, checkpointing="full"),
         "LLaMA-Factory, ZeRO 3": at(job, 1, zero_stage=3, checkpointing="full"),
         "two rows, ZeRO 2": at(job, 2, zero_stage=2),
-    }
-
-
-def compared(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Return how many times faster ours is, of seconds a step taken in turn."""
-    logs = [math.log(their / our) for our, their in zip(ours, theirs, strict=True)]
-    mean = statistics.mean(logs)
-    half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return {
-        "faster": math.exp(statistics.median(logs)),
-        "interval": [math.exp(mean - half), math.exp(mean + half)],
     }
 
 

@@ -2,13 +2,16 @@
 
     python benchmarks/search/exhaustive.py --name glm-tiny-160 [--longest 160] [--layers 4]
 
-On two CPU ranks. The fastest setting of the exhaustive run and the chosen one, if they differ, are
-measured again in turn; regret is how much slower the chosen one is, with the spread of the pairs.
+On two CPU ranks. The grid is measured in several sweeps, and a setting's figure is the median of
+them. The fastest setting and the chosen one, if they differ, are measured again in turn; how much
+faster the fastest is comes with the 95 % interval of the pairs, and one that has 1 in it is no
+difference.
 Writes benchmarks/search/grids/<name>.json, which benchmarks/search/simulated.py draws on too.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,57 +23,74 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "probe"))
 
 from bench_job import RANKS, BenchJob, prepare
 
 from autotune import builtin
-from autotune.outcome import Measured, Rung
+from autotune.outcome import Measured, Outcome, Rung
 from autotune.probe.local import LocalProber
 from autotune.probe.protocol import RungMeasurement
 from autotune.setting import Setting
+from autotune.tune.beliefs import in_one
 from autotune.tune.loop import Tuned, Tuner
 
 GRIDS = Path(__file__).parent / "grids"
 
 
-def measure(job: BenchJob, settings: list[Setting]) -> dict[Setting, tuple[Measured | str, float]]:
-    """Measure settings of one structure in one probe; what fails is named."""
-    found: dict[Setting, tuple[Measured | str, float]] = {}
+def measure(job: BenchJob, settings: list[Setting]) -> dict[Setting, tuple[Outcome, float]]:
+    """Measure settings of one structure in one probe: what came of each, in how many seconds."""
+    found: dict[Setting, tuple[Outcome, float]] = {}
     by_size = {setting.micro_batch_size: setting for setting in settings}
     for answer in LocalProber(job.directory / "logs").probe(job.site.request(settings)):
         setting = by_size[answer.micro_batch_size]
-        outcome: Measured | str
+        outcome: Outcome
         if isinstance(answer, RungMeasurement):
             outcome = job.site.outcome(setting, answer)
         else:
-            outcome = answer.outcome.kind
+            outcome = answer.outcome
         found[setting] = outcome, answer.seconds
         print(setting.label(), outcome, file=sys.stderr, flush=True)
     return found
 
 
-def measure_all(job: BenchJob) -> tuple[list[dict[str, Any]], float]:
-    """Return a line for each setting of the plan, and the seconds that measuring them took."""
+def sweep(job: BenchJob) -> dict[Setting, tuple[Outcome, float]]:
+    """Measure every setting of the plan once."""
+    space = job.workload.plan.space
+    found: dict[Setting, tuple[Outcome, float]] = {}
+    for place in range(len(space.structures)):
+        rows = np.flatnonzero(space.structure_index == place)
+        found |= measure(job, [space.setting(int(row)) for row in rows])
+    return found
+
+
+def measure_all(job: BenchJob, sweeps: int) -> tuple[list[dict[str, Any]], float]:
+    """Return a line for each setting of the plan, and the seconds that a sweep took on average."""
     plan, lines = job.workload.plan, []
     started = time.perf_counter()
-    for place in range(len(plan.space.structures)):
-        rows = [row for row in range(len(plan.space)) if plan.space.structure_index[row] == place]
-        settings = [plan.space.setting(row) for row in rows]
-        found = measure(job, settings)
-        for row, setting in zip(rows, settings, strict=True):
-            outcome, seconds = found.get(setting, ("not reached", 0.0))
-            lines.append(
-                {
-                    "setting": setting.to_json(),
-                    "predicted_tokens_per_s": float(plan.tokens_per_s[row]),
-                    "predicted_bytes": float(plan.memory.device_bytes[row]),
-                    "kept": bool(plan.kept[row]),
-                    "outcome": asdict(outcome) if isinstance(outcome, Measured) else outcome,
-                    "seconds": seconds,
-                }
-            )
-    return lines, time.perf_counter() - started
+    found = [sweep(job) for _ in range(sweeps)]
+    sweep_s = (time.perf_counter() - started) / sweeps
+    for row in range(len(plan.space)):
+        setting = plan.space.setting(row)
+        answers = [answer[setting] for answer in found if setting in answer]
+        outcome = in_one([one for one, _ in answers]) if answers else None
+        lines.append(
+            {
+                "setting": setting.to_json(),
+                "predicted_tokens_per_s": float(plan.tokens_per_s[row]),
+                "predicted_bytes": float(plan.memory.device_bytes[row]),
+                "kept": bool(plan.kept[row]),
+                "outcome": asdict(outcome) if isinstance(outcome, Measured) else None,
+                "tokens_per_s": [
+                    one.tokens_per_s for one, _ in answers if isinstance(one, Measured)
+                ],
+                "seconds": statistics.mean(seconds for _, seconds in answers) if answers else 0.0,
+            }
+        )
+    return lines, sweep_s
 
 
 def search(job: BenchJob) -> tuple[Tuned, float]:
@@ -88,17 +108,26 @@ def search(job: BenchJob) -> tuple[Tuned, float]:
     return tuned, time.perf_counter() - started
 
 
-def in_turn(job: BenchJob, one: Setting, other: Setting, rounds: int) -> list[float]:
-    """Return the speed of one over that of the other, measured in turn."""
-    ratios = []
+def in_turn(job: BenchJob, one: Setting, other: Setting, rounds: int) -> dict[str, Any]:
+    """Return how many times faster one is than the other, measured in turn."""
+    seconds: dict[Setting, list[float]] = {one: [], other: []}
     for _ in range(rounds):
-        speeds = []
-        for setting in (one, other):
+        for setting, times in seconds.items():
             outcome, _ = measure(job, [setting])[setting]
             assert isinstance(outcome, Measured), outcome
-            speeds.append(outcome.tokens_per_s)
-        ratios.append(speeds[0] / speeds[1])
-    return ratios
+            times.append(outcome.step_time_s)
+    return compared(seconds[one], seconds[other])
+
+
+def compared(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Return how many times faster ours is, of seconds a step taken in turn."""
+    logs = [math.log(their / our) for our, their in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(logs)
+    half = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return {
+        "faster": math.exp(statistics.median(logs)),
+        "interval": [math.exp(mean - half), math.exp(mean + half)],
+    }
 
 
 def resized(directory: Path, hidden_size: int | None, layers: int | None) -> Path:
@@ -124,7 +153,8 @@ def main() -> None:
     parser.add_argument("--global-batch-size", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, help="Of glm-tiny's configuration, changed so.")
     parser.add_argument("--layers", type=int, help="The same.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sweeps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="autotune-benchmark-") as directory:
         model = resized(Path(directory) / "model", options.hidden_size, options.layers)
@@ -135,20 +165,20 @@ def main() -> None:
             longest=options.longest,
             model=str(model),
         )
-        lines, exhaustive_s = measure_all(job)
-        measured = [line for line in lines if isinstance(line["outcome"], dict)]
+        lines, sweep_s = measure_all(job, options.sweeps)
+        measured = [line for line in lines if line["outcome"]]
         best = max(measured, key=lambda line: line["outcome"]["tokens_per_s"])
         tuned, search_s = search(job)
         assert tuned.best is not None
         chosen, fastest = tuned.best.setting, Setting.from_json(best["setting"])
-        ratios = [1.0] if chosen == fastest else in_turn(job, fastest, chosen, options.rounds)
+        faster = None if chosen == fastest else in_turn(job, fastest, chosen, options.rounds)
     of_grid = {Setting.from_json(line["setting"]): line["outcome"] for line in measured}
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "ranks": RANKS,
-        "job": {name: value for name, value in vars(options).items() if name != "rounds"},
+        "job": vars(options),
         "settings_measured": len(measured),
-        "exhaustive_s": exhaustive_s,
+        "sweep_s": sweep_s,
         "fastest": best["setting"],
         "search_s": search_s,
         "search_rungs": len(tuned.rungs),
@@ -156,11 +186,7 @@ def main() -> None:
         "share_probed": len({rung.setting for rung in tuned.rungs}) / len(measured),
         "chosen": chosen.to_json(),
         "regret_in_grid": 1 - of_grid[chosen]["tokens_per_s"] / best["outcome"]["tokens_per_s"],
-        "fastest_over_chosen": {
-            "median": statistics.median(ratios),
-            "least": min(ratios),
-            "most": max(ratios),
-        },
+        "fastest_against_chosen": faster,
         "grid": lines,
     }
     GRIDS.mkdir(exist_ok=True)

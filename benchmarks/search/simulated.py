@@ -74,7 +74,7 @@ class Errors:
 
         Size weighs differently at each stage.
         """
-        measured = [line for line in lines if isinstance(line["outcome"], dict)]
+        measured = [line for line in lines if line["outcome"]]
         error = np.log(
             [line["outcome"]["tokens_per_s"] / line["predicted_tokens_per_s"] for line in measured]
         )
