@@ -3,21 +3,21 @@
 import statistics
 from collections.abc import Sequence
 
-_LONG_STEP_S = 0.25
+_LONG_ROUND_S = 1.0
 _AGREEMENT = 0.05
 _MAX_REPEATS = 16
-_MAX_SECONDS = 1.0
+_MAX_SECONDS = 2.0
 
 
 def settled(times: Sequence[float]) -> tuple[float, ...] | None:
     """Return the repetitions that count, oldest first, or None if more are needed.
 
     They are the latest ones, a window whose two halves have medians within 5 % of each other; what
-    came before was warm-up. A window is 4 repetitions, 2 where they take a quarter of a second
-    each: long steps are steady, and dear. Where no window agrees within 16 repetitions or a second,
-    the machine is noisy rather than cold: the later half counts, and its spread tells.
+    came before was warm-up. A window is 4 repetitions, 2 where they take a second each: long ones
+    are steady, and dear. Where no window agrees within 16 repetitions or two seconds, the machine
+    is noisy rather than cold: the later half counts, and its spread tells.
     """
-    window = 2 if times and times[-1] >= _LONG_STEP_S else 4
+    window = 2 if times and times[-1] >= _LONG_ROUND_S else 4
     if len(times) < window:
         return None
     latest = tuple(times[-window:])

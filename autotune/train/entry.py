@@ -4,6 +4,7 @@ Takes the two emitted files and nothing else; the tuner is not needed.
 """
 
 import argparse
+import gc
 import json
 import logging
 import math
@@ -103,6 +104,8 @@ def train(
         trainer.add_callback(metrics)
         trainer.add_callback(boundary)
         checkpoint = last_checkpoint(output_dir) if resume else None
+        # As in probes: what was imported and built is no garbage that steps should look through.
+        gc.freeze()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if not boundary.stopped:
             _save(trainer, spec, model_dir)
