@@ -7,6 +7,7 @@ Learning, sections 2.1 and 2.2). So is that of measured over predicted memory.
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -95,7 +96,9 @@ class Beliefs:
         possible: settings that were not tried and that no outcome has shown to be impossible.
         open_rows: those of them that may fit, as the estimates are corrected by measured peaks.
         fit_probability: how likely each is to fit its device.
-        best_tokens_per_s: of what was measured; 0 if nothing was.
+        best_tokens_per_s: of what was measured, as it is believed after all that was; 0 if nothing
+            was.
+        noise: spread of repeated micro-steps over their median.
     """
 
     log_tokens_per_s: Floats
@@ -104,6 +107,7 @@ class Beliefs:
     open_rows: Bools
     fit_probability: Floats
     best_tokens_per_s: float
+    noise: float
 
     def expected_improvement(self) -> Floats:
         """Return the expected gain of each open row over the best, as a share of the best.
@@ -119,7 +123,8 @@ class Beliefs:
         z = gain / self.log_sd
         density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
         improvement: Floats = gain * _normal_cdf(z) + self.log_sd * density
-        return fits * improvement
+        # Far below the best the two terms cancel but for rounding.
+        return fits * np.maximum(improvement, 0.0)
 
 
 def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> Beliefs:
@@ -129,23 +134,26 @@ def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> 
     where it had been measured before says nothing of it.
     """
     tried = _outcomes(plan, rungs)
-    speeds = {row: out.tokens_per_s for row, out in tried.items() if isinstance(out, Measured)}
+    measured = {row: out for row, out in tried.items() if isinstance(out, Measured)}
     faster, sd = _regress(
         Kinship(plan.space, _SPEED),
-        {row: math.log(speed / plan.tokens_per_s[row]) for row, speed in speeds.items()},
+        {row: math.log(out.tokens_per_s / plan.tokens_per_s[row]) for row, out in measured.items()},
+        {row: out.spread for row, out in measured.items()},
     )
+    believed = np.log(plan.tokens_per_s) + faster
     larger, larger_sd = _memory(plan, tried)
     possible = _possible(plan, tried)
     for row in too_large:
         possible &= ~_needs_as_much(plan, row)
     needs = np.exp(larger) * plan.memory.device_bytes
     return Beliefs(
-        log_tokens_per_s=np.log(plan.tokens_per_s) + faster,
+        log_tokens_per_s=believed,
         log_sd=sd,
         possible=possible,
         open_rows=possible & plan.may_fit(needs),
         fit_probability=_normal_cdf(np.log(plan.budget_bytes / needs) / larger_sd),
-        best_tokens_per_s=max(speeds.values(), default=0.0),
+        best_tokens_per_s=max((math.exp(believed[row]) for row in measured), default=0.0),
+        noise=statistics.median([out.spread for out in measured.values()] or [0.0]),
     )
 
 
@@ -193,12 +201,18 @@ def _memory(plan: Plan, tried: Mapping[int, Outcome]) -> tuple[Floats, Floats]:
     return _regress(kinship, peaks | surprises) if surprises else (larger, sd)
 
 
-def _regress(kinship: "Kinship", observed: Mapping[int, float]) -> tuple[Floats, Floats]:
-    """Return mean and standard deviation of the correction of every row."""
+def _regress(
+    kinship: "Kinship", observed: Mapping[int, float], spreads: Mapping[int, float] | None = None
+) -> tuple[Floats, Floats]:
+    """Return mean and standard deviation of the correction of every row.
+
+    What repetitions spread by is noise of an observation, and not of what a setting really does.
+    """
     rows = np.array(list(observed), dtype=np.int64)
     towards = kinship.towards(rows)
     noise = kinship.priors.noise**2
-    among = towards[rows] + noise * np.eye(len(rows))
+    spread = np.array([(spreads or {}).get(row, 0.0) for row in observed])
+    among = towards[rows] + np.diag(noise + spread**2)
     weights = np.linalg.solve(among, towards.T)
     mean = np.asarray(weights.T @ np.array(list(observed.values())), dtype=np.float64)
     variance = kinship.own - np.einsum("ij,ji->i", towards, weights)

@@ -28,6 +28,10 @@ _WORTH_TRYING = 0.0005
 """Expected gain over the best, as a share of it, below which nothing is tried. Of 48 jobs whose
 estimates were off all ended at their best; at 0.01 one of twelve was a quarter short."""
 
+_WORTH_IN_NOISE = 0.1
+"""The same as a share of the noise of a measurement, where that is more: what gains so little could
+hardly be seen to."""
+
 _REPETITIONS = 20
 """Micro-steps that a rung takes, about: at three lengths, with warm-up and updates."""
 
@@ -144,9 +148,14 @@ class Search:
         places = np.unique(self.plan.space.structure_index[self.beliefs.open_rows])
         return {self.plan.space.structures[place] for place in places.tolist()}
 
+    @property
+    def _worth(self) -> float:
+        """Return the expected gain below which nothing is tried."""
+        return max(_WORTH_TRYING, _WORTH_IN_NOISE * self.beliefs.noise)
+
     def _gains(self, cost_s: "NDArray[np.float64]") -> "NDArray[np.bool_]":
         """Tell which settings promise enough of an improvement on the best for their cost."""
-        gains = self._improvement >= _WORTH_TRYING
+        gains = self._improvement >= self._worth
         if self._thrifty:
             gains &= self._improvement * self.training_s() >= cost_s
         return gains
@@ -164,7 +173,7 @@ class Search:
     def _probe_s(self) -> "NDArray[np.float64]":
         """Return for each setting the seconds of a probe of its structure, on all that may win."""
         space = self.plan.space
-        climbed = np.where(self._improvement >= _WORTH_TRYING, self._rung_s, 0.0)
+        climbed = np.where(self._improvement >= self._worth, self._rung_s, 0.0)
         rungs_s = np.bincount(space.structure_index, climbed, minlength=len(space.structures))
         return self._start_s + np.maximum(rungs_s[space.structure_index], self._rung_s)
 
@@ -238,7 +247,7 @@ class Search:
         rows = np.flatnonzero(self.beliefs.possible & (space.structure_index == place))
         if structure == self.default.structure or not self.beliefs.best_tokens_per_s:
             return rows
-        winners = self._improvement[rows] >= _WORTH_TRYING
+        winners = self._improvement[rows] >= self._worth
         if not winners.any():
             return rows
         surely = np.flatnonzero(self.plan.surely_fits[rows[: int(np.argmax(winners)) + 1]])
