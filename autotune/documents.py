@@ -117,7 +117,13 @@ def _files(workload: Workload, setting: Setting) -> dict[str, Any]:
         dataset_dir="dataset",
         output_dir="training",
         model_output_dir="model",
-        probed_tokens=setting.micro_batch_size * int(workload.lengths.max()),
+        probed_tokens=math.prod(
+            workload.drawn.heaviest(
+                setting.structure.sampling,
+                setting.micro_batch_size,
+                setting.gradient_accumulation_steps,
+            )
+        ),
     )
     return {
         "setting": setting.to_json(),

@@ -47,10 +47,10 @@ from autotune.space import (
     enumerate_space,
     micro_batch_sizes,
 )
-from autotune.throughput import Ints
+from autotune.throughput import DrawnRows, Ints, Rebalanced
 from autotune.units import MIB, format_count
 from autotune.user_config import read_user_config
-from autotune.variants import with_frugal, with_overlap
+from autotune.variants import may_rebalance, with_frugal, with_overlap, with_rebalancing
 from autotune.workload import DatasetProfile, Job, Lora, ModelProfile, Trace
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class Question:
 class Workload:
     """The question looked into: model and data in figures, every setting estimated.
 
-    `rows` is how many sequences an epoch has; None where neither a dataset nor a number was named.
+    `drawn` are the rows as training draws and splits them. `rows` is how many sequences an epoch
+    has; None where neither a dataset nor a number was named.
     """
 
     question: Question
@@ -117,9 +118,14 @@ class Workload:
     profile: ModelProfile
     rates: Rates
     dataset: DatasetProfile | None
-    lengths: Ints
+    drawn: DrawnRows
     rows: int | None
     plan: Plan
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each row."""
+        return self.drawn.lengths
 
 
 def ask(options: Options, named: NamedHardware | None = None) -> Question:
@@ -349,6 +355,7 @@ def _workload(question: Question, model: _Model, data: _Data) -> Workload:
     job, profile = model.job, model.profile
     rates = _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
 
+    drawn = DrawnRows.draw(data.lengths, job.seed, _rebalanced(question, job, data.lengths, logs))
     space = enumerate_space(
         cluster,
         job.global_batch_size,
@@ -358,9 +365,11 @@ def _workload(question: Question, model: _Model, data: _Data) -> Workload:
     )
 
     def estimate(space: Space) -> Plan:
-        return make_plan(space, profile, job, cluster, rates, data.lengths)
+        return make_plan(space, profile, job, cluster, rates, drawn)
 
     plan = with_overlap(estimate(space), estimate, cluster, question.pins)
+    if drawn.rebalanced:
+        plan = with_rebalancing(plan, estimate, question.pins)
     plan = with_frugal(plan, estimate, profile, question.pins)
     if "checkpointing" not in question.pins and plan.has_place_between():
         plan = with_partial_checkpointing(plan, PARTIAL_CHECKPOINTING, profile.num_layers)
@@ -370,9 +379,30 @@ def _workload(question: Question, model: _Model, data: _Data) -> Workload:
         profile=profile,
         rates=rates,
         dataset=data.profile,
-        lengths=data.lengths,
+        drawn=drawn,
         rows=data.rows,
         plan=plan,
+    )
+
+
+def _rebalanced(
+    question: Question, job: Job, lengths: Ints, logs: Path
+) -> dict[int, Rebalanced] | None:
+    """Return the rows as `batch_rebalance` splits them, by micro-steps; None if it cannot win."""
+    from autotune.profile.child import rebalanced
+
+    ranks = question.cluster.num_devices
+    if not may_rebalance(lengths, job.global_batch_size, question.pins):
+        return None
+    return rebalanced(
+        lengths,
+        logs / "rebalance.log",
+        global_batch_size=job.global_batch_size,
+        ranks=ranks,
+        # Divisors of what a rank has are its micro-batch sizes and its numbers of micro-steps.
+        accumulations=micro_batch_sizes(job.global_batch_size, ranks),
+        seed=job.seed,
+        epochs=math.ceil(job.epochs),
     )
 
 
@@ -630,9 +660,7 @@ def estimate_setting(workload: Workload, setting: Setting) -> Plan:
         gradient_accumulation_steps=np.array([setting.gradient_accumulation_steps]),
         ranks=cluster.num_devices,
     )
-    return make_plan(
-        space, workload.profile, workload.job, cluster, workload.rates, workload.lengths
-    )
+    return make_plan(space, workload.profile, workload.job, cluster, workload.rates, workload.drawn)
 
 
 def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun:
@@ -646,15 +674,18 @@ def run_virtually(workload: Workload, setting: Setting, log: Path) -> VirtualRun
     # What is free changes all the time, and matters only as far as the weights fit in twice.
     steady = cluster.device_memory_bytes // _MEMORY_STEP * _MEMORY_STEP
     shards = shards_of(workload.profile, cluster.num_devices, setting.structure)
+    rows, length = workload.drawn.heaviest(
+        setting.structure.sampling, setting.micro_batch_size, setting.gradient_accumulation_steps
+    )
     request = VirtualRequest(
         spec=replace(spec, device_memory_bytes=steady if cluster.has_separate_memory else 0),
         ds_config=ds_config(job, setting, workload.profile, cluster),
         ranks=cluster.num_devices,
-        micro_batch_size=setting.micro_batch_size,
+        micro_batch_size=rows,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
-        seq_length=int(workload.lengths.max()),
+        seq_length=length,
         # A row is padded to the longest of its micro-batch.
-        padded=bool(workload.question.dataset) and setting.micro_batch_size > 1,
+        padded=bool(workload.question.dataset) and rows > 1,
         rank=shards.worst_rank if setting.structure.zero_stage in {1, 2} else 0,
     )
     # The model counts by its content, wherever it is.

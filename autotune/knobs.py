@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from autotune.setting import BY_MODEL, FLASH_ATTENTION, ZERO_STAGES, checkpointing_period
+from autotune.setting import (
+    BY_MODEL,
+    FLASH_ATTENTION,
+    RANDOM,
+    REBALANCE,
+    ZERO_STAGES,
+    checkpointing_period,
+)
 
 Value = bool | int | str
 
@@ -84,6 +91,7 @@ KNOBS: tuple[Knob, ...] = (
         _one_of("sdpa", "eager", FLASH_ATTENTION),
         f"sdpa, eager, {FLASH_ATTENTION}",
     ),
+    Knob("sampling", _one_of(RANDOM, REBALANCE), f"{RANDOM}, {REBALANCE}"),
     Knob("overlap_comm", _truth, "true, false", _SHARDED),
     Knob("reduce_bucket_size", _elements(1), _ELEMENTS, _SHARDED),
     # The alignment of stage_1_and_2.py for half precision.

@@ -97,13 +97,29 @@ _FLEETING = ("activations_bytes", "logits_bytes", "buffers_bytes")
 
 
 def estimate_memory(
-    space: Space, profile: ModelProfile, job: Job, cluster: Cluster, longest_row: int
+    space: Space,
+    profile: ModelProfile,
+    job: Job,
+    cluster: Cluster,
+    heaviest: int | tuple[Ints, Ints],
 ) -> MemoryEstimate:
-    """Estimate every setting at its worst micro-batch: all rows as long as the longest."""
+    """Estimate every setting at its worst micro-batch.
+
+    Args:
+        space: the settings.
+        profile: of the model.
+        job: what is trained.
+        cluster: on what.
+        heaviest: rows and padded length of that micro-batch for every setting; of a number alone,
+            all rows are as long as that.
+    """
+    if isinstance(heaviest, int):
+        heaviest = space.micro_batch_size, np.full(len(space), heaviest)
+    micro_batches, lengths = heaviest
     shards: dict[tuple[int, int], Shards] = {}
     columns = {name: np.zeros(len(space)) for name in (*PARTS, "host_bytes")}
     passes: dict[tuple[object, ...], _Pass] = {}
-    for structure, accumulates, places in _alike(space):
+    for structure, accumulates, length, places in _alike(space, lengths):
         sizes = structure.reduce_bucket_size, structure.stage3_param_persistence_threshold
         if sizes not in shards:
             shards[sizes] = shards_of(profile, space.ranks, structure)
@@ -116,14 +132,14 @@ def estimate_memory(
             offloads=structure.offload_optimizer != "none" and cluster.has_separate_memory,
             overlaps=structure.overlap_comm,
         )
-        rows = space.micro_batch_size[places]
+        rows = micro_batches[places]
         trace = profile.trace(structure.checkpointing, structure.attention)
         peaks = []
         for moments in (trace.one_row, trace.more_rows):
             # Structures whose engines are alike share what does not depend on the rows.
-            key = (id(moments), sizes, *engine.kind)
+            key = (id(moments), length, sizes, *engine.kind)
             if key not in passes:
-                passes[key] = _Pass.of(moments, engine, longest_row)
+                passes[key] = _Pass.of(moments, engine, length)
             peaks.append(passes[key].peak(rows))
         peak = _Peak.of_one_or_more(rows, *peaks)
         for name, values in _terms(structure, engine, cluster, peak).items():
@@ -142,14 +158,17 @@ def shards_of(profile: ModelProfile, ranks: int, structure: Structure) -> Shards
     )
 
 
-def _alike(space: Space) -> Iterator[tuple[Structure, bool, Ints]]:
+def _alike(space: Space, lengths: Ints) -> Iterator[tuple[Structure, bool, int, Ints]]:
     """Yield the rows of the space that differ in their micro-batch size alone."""
     accumulates = space.gradient_accumulation_steps > 1
-    kinds = 2 * space.structure_index + accumulates
+    different, length = np.unique(lengths, return_inverse=True)
+    kinds = (space.structure_index * 2 + accumulates) * len(different) + length
     order = np.argsort(kinds, kind="stable")
     found, first = np.unique(kinds[order], return_index=True)
     for kind, places in zip(found.tolist(), np.split(order, first[1:]), strict=True):
-        yield space.structures[kind // 2], bool(kind % 2), places
+        structure, rest = divmod(kind, 2 * len(different))
+        accumulating, place = divmod(rest, len(different))
+        yield space.structures[structure], bool(accumulating), int(different[place]), places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

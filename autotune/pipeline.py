@@ -197,6 +197,7 @@ class Run:
             cluster=cluster,
             profile=workload.profile,
             lengths_of_rows=workload.lengths,
+            rebalanced=workload.drawn.rebalanced,
             dataset_dir=self.dir.dataset,
             scratch_dir=self.dir.logs,
             total_steps=steps,

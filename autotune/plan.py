@@ -220,13 +220,18 @@ def host_budget_bytes(cluster: Cluster) -> int:
 
 
 def make_plan(
-    space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates, lengths: Ints
+    space: Space,
+    profile: ModelProfile,
+    job: Job,
+    cluster: Cluster,
+    rates: Rates,
+    rows: DrawnRows,
 ) -> Plan:
-    """Estimate memory and time of every setting of the space, on rows of these lengths."""
-    steps = _predict(space, profile, job, cluster, rates, DrawnRows.draw(lengths, job.seed))
+    """Estimate memory and time of every setting of the space, on these rows."""
+    steps = _predict(space, profile, job, cluster, rates, rows)
     return Plan(
         space=space,
-        memory=estimate_memory(space, profile, job, cluster, int(lengths.max())),
+        memory=estimate_memory(space, profile, job, cluster, _heaviest(space, rows)),
         step_time_s=steps.step_time_s,
         samples_per_s=steps.samples_per_s,
         tokens_per_s=steps.tokens_per_s,
@@ -270,11 +275,7 @@ def _integrated(
     space: Space, profile: ModelProfile, rates: Rates, rows: DrawnRows
 ) -> tuple[Floats, Floats]:
     """Return seconds of computing and tokens of a step, of every setting."""
-    splits, split_of_row = np.unique(
-        np.stack([space.micro_batch_size, space.gradient_accumulation_steps]),
-        axis=1,
-        return_inverse=True,
-    )
+    splits, split_of_row = _splits(space)
     of_structure = [(one.checkpointing, one.attention) for one in space.structures]
     ways = {way: place for place, way in enumerate(dict.fromkeys(of_structure))}
     way = np.array([ways[one] for one in of_structure])
@@ -282,19 +283,43 @@ def _integrated(
         [synchronises_every_micro_step(one.zero_stage, space.ranks) for one in space.structures],
         dtype=np.int64,
     )
-    seconds = np.empty((splits.shape[1], len(ways), 2))
-    tokens = np.empty(splits.shape[1])
-    for split, (size, accumulation) in enumerate(splits.T.tolist()):
-        steps = DrawnSteps.draw(rows, size, accumulation, space.ranks)
+    seconds = np.empty((len(splits), len(ways), 2))
+    tokens = np.empty(len(splits))
+    micro_steps = [
+        predicted_micro_step(profile, checkpointing, rates, attention)
+        for checkpointing, attention in ways
+    ]
+    for split, (sampling, size, accumulation) in enumerate(splits):
+        steps = DrawnSteps.draw(rows, size, accumulation, space.ranks, sampling)
         tokens[split] = steps.tokens
-        seconds[split] = steps.mean_s_of(
-            [
-                predicted_micro_step(profile, checkpointing, rates, size, attention)
-                for checkpointing, attention in ways
-            ]
-        )
+        seconds[split] = steps.mean_s_of(micro_steps)
     structure = space.structure_index
     return seconds[split_of_row, way[structure], waits[structure]], tokens[split_of_row]
+
+
+def _splits(space: Space) -> tuple[list[tuple[str, int, int]], Ints]:
+    """Return the ways to split a batch (sampling, rows, micro-steps), and that of each setting."""
+    samplings, sampling = np.unique([one.sampling for one in space.structures], return_inverse=True)
+    splits, of_row = np.unique(
+        np.stack(
+            [
+                sampling[space.structure_index],
+                space.micro_batch_size,
+                space.gradient_accumulation_steps,
+            ]
+        ),
+        axis=1,
+        return_inverse=True,
+    )
+    named = [(str(samplings[kind]), size, steps) for kind, size, steps in splits.T.tolist()]
+    return named, of_row
+
+
+def _heaviest(space: Space, rows: DrawnRows) -> tuple[Ints, Ints]:
+    """Return rows and padded length of the largest micro-batch of every setting."""
+    splits, of_row = _splits(space)
+    sizes, lengths = np.array([rows.heaviest(*split) for split in splits]).T
+    return sizes[of_row], lengths[of_row]
 
 
 def _added(space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates) -> Floats:

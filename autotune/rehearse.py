@@ -46,6 +46,7 @@ class Rehearsal:
             cluster=workload.question.cluster,
             profile=workload.profile,
             lengths_of_rows=workload.lengths,
+            rebalanced=workload.drawn.rebalanced,
             dataset_dir=logs,
             scratch_dir=logs,
             total_steps=total_steps(workload) or 1,

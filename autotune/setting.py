@@ -10,6 +10,9 @@ Offload = Literal["none", "cpu", "nvme"]
 ZERO_STAGES = (0, 1, 2, 3)
 FLASH_ATTENTION = "flash_attention_2"
 
+RANDOM, REBALANCE = "random", "batch_rebalance"
+"""How the rows of a step are split: as they were drawn, or by length (transformers' sampler)."""
+
 BY_MODEL = -1
 """A bucket whose length follows from the model."""
 
@@ -65,7 +68,7 @@ class Structure:
     offload_param: Offload = "none"
     checkpointing: str = "none"
     attention: str = "sdpa"
-    sampling: str = "random"
+    sampling: str = RANDOM
     overlap_comm: bool = field(default=None)  # type: ignore[assignment] # set before it is read
     reduce_bucket_size: int = BY_MODEL
     allgather_bucket_size: int = BY_MODEL

@@ -1,13 +1,13 @@
 """Time of an optimizer step, from the time of micro-steps and the lengths of real rows."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
-from autotune.setting import Structure
+from autotune.setting import RANDOM, Structure
 from autotune.workload import ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
@@ -27,6 +27,21 @@ class StepRate:
     tokens_per_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalanced:
+    """Micro-batches of the steps that training draws first, as `batch_rebalance` splits them.
+
+    Attributes:
+        rows: of the dataset, micro-batch after micro-batch.
+        sizes: rows of each micro-batch, an array (steps, micro-steps, ranks).
+        heaviest: rows of the micro-batch of the most padded tokens that the training makes.
+    """
+
+    rows: Ints
+    sizes: Ints
+    heaviest: Ints
+
+
 @dataclass(frozen=True, slots=True)
 class DrawnRows:
     """The rows of a dataset as a training meets them.
@@ -34,18 +49,44 @@ class DrawnRows:
     Attributes:
         lengths: tokens of each row.
         order: the rows in an order as random as the one that training draws them in.
+        rebalanced: what `batch_rebalance` makes of them, by micro-steps; rows of one length need
+            none, as they are split alike by any sampling.
     """
 
     lengths: Ints
     order: Ints
+    rebalanced: Mapping[int, Rebalanced] = field(default_factory=dict)
 
     @classmethod
-    def draw(cls, lengths: Ints, seed: int) -> "DrawnRows":
-        return cls(lengths, np.random.default_rng(seed).permutation(len(lengths)))
+    def draw(
+        cls, lengths: Ints, seed: int, rebalanced: Mapping[int, Rebalanced] | None = None
+    ) -> "DrawnRows":
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        return cls(lengths, order, rebalanced or {})
 
     def first(self, num_rows: int) -> "DrawnRows":
         """Return the rows drawn first; a smaller dataset is drawn again from its start."""
         return DrawnRows(self.lengths, np.resize(self.order, num_rows))
+
+    def of_sampling(self, sampling: str, gradient_accumulation_steps: int) -> Rebalanced | None:
+        """Return the micro-batches of a sampling that splits rows by length; else None."""
+        alike = self.lengths.min() == self.lengths.max()
+        return None if sampling == RANDOM or alike else self.rebalanced[gradient_accumulation_steps]
+
+    def heaviest(
+        self, sampling: str, micro_batch_size: int, gradient_accumulation_steps: int
+    ) -> tuple[int, int]:
+        """Return rows and padded length of the largest micro-batch that training can meet."""
+        rebalanced = self.of_sampling(sampling, gradient_accumulation_steps)
+        if rebalanced is None:
+            return micro_batch_size, int(self.lengths.max())
+        return len(rebalanced.heaviest), int(self.lengths[rebalanced.heaviest].max())
+
+    def padded(self, rebalanced: Rebalanced) -> Ints:
+        """Return the padded length of each micro-batch, in the shape of their sizes."""
+        starts = np.cumsum(rebalanced.sizes) - rebalanced.sizes.ravel()
+        longest: Ints = np.maximum.reduceat(self.lengths[rebalanced.rows], starts)
+        return longest.reshape(rebalanced.sizes.shape)
 
 
 def padded_lengths(rows: DrawnRows, micro_batch_size: int) -> Ints:
@@ -63,20 +104,37 @@ class DrawnSteps:
     Attributes:
         padded: padded length of each micro-batch, an array (steps, micro-steps, ranks). Of steps of
             very many rows it has the first micro-steps, and of each the first rows.
+        sizes: rows of each micro-batch, an array like it or one that is broadcast to it.
         micro_steps: micro-steps an optimizer step.
         rows: rows an optimizer step.
         tokens: tokens an optimizer step, without padding, on average.
     """
 
     padded: Ints
+    sizes: Ints
     micro_steps: int
     rows: int
     tokens: float
 
     @classmethod
     def draw(
-        cls, rows: DrawnRows, micro_batch_size: int, gradient_accumulation_steps: int, ranks: int
+        cls,
+        rows: DrawnRows,
+        micro_batch_size: int,
+        gradient_accumulation_steps: int,
+        ranks: int,
+        sampling: str = RANDOM,
     ) -> "DrawnSteps":
+        rebalanced = rows.of_sampling(sampling, gradient_accumulation_steps)
+        if rebalanced is not None:
+            steps = len(rebalanced.sizes)
+            return cls(
+                padded=rows.padded(rebalanced),
+                sizes=rebalanced.sizes,
+                micro_steps=gradient_accumulation_steps,
+                rows=micro_batch_size * gradient_accumulation_steps * ranks,
+                tokens=float(rows.lengths[rebalanced.rows].sum()) / steps,
+            )
         width = min(micro_batch_size, max(1, _MAX_ROWS_INTEGRATED // ranks))
         micro_steps = min(
             gradient_accumulation_steps, max(1, _MAX_ROWS_INTEGRATED // (width * ranks))
@@ -87,20 +145,21 @@ class DrawnSteps:
         drawn = rows.first(steps * micro_steps * ranks * width)
         return cls(
             padded=padded_lengths(drawn, width).reshape(steps, micro_steps, ranks),
+            sizes=np.full((1, 1, 1), micro_batch_size),
             micro_steps=gradient_accumulation_steps,
             rows=rows_a_step,
             tokens=rows_a_step * float(drawn.lengths[drawn.order].mean()),
         )
 
     def mean_s(
-        self, micro_step_s: Callable[[Ints], Floats], *, synchronises_every_micro_step: bool
+        self, micro_step_s: Callable[[Ints, Ints], Floats], *, synchronises_every_micro_step: bool
     ) -> float:
         """Return the mean seconds of a step without its update, where the slowest rank counts.
 
         Where every micro-step synchronises (ZeRO 2 and 3), each waits for the slowest rank;
         elsewhere only the update does.
         """
-        seconds = micro_step_s(self.padded)
+        seconds = micro_step_s(self.sizes, self.padded)
         if synchronises_every_micro_step:
             steps = seconds.max(axis=2).sum(axis=1)
         else:
@@ -113,25 +172,31 @@ class DrawnSteps:
         counted: int = self.padded.shape[1]
         return self.micro_steps / counted
 
-    def mean_s_of(self, micro_steps: Sequence[Polynomial]) -> Floats:
+    def mean_s_of(self, micro_steps: "Sequence[MicroStepTime]") -> Floats:
         """Return `mean_s` of many kinds of micro-steps at once, an array (kinds, 2).
 
-        The second column is for synchronising in every micro-step. A polynomial is linear in its
-        coefficients, so its sums over micro-steps are those of the powers of the lengths; and as
-        time grows with the length, ranks that wait for each other take the time of the longest.
+        The second column is for synchronising in every micro-step. A time is linear in its
+        coefficients, so its sums over micro-steps are those of rows times powers of the lengths;
+        ranks that wait for each other take the time of the one that has the most padded tokens.
         """
-        kinds = np.array([(one.c0, one.c1, one.c2) for one in micro_steps])
-        by_rank = _sums_of_powers(self.padded)
-        of_longest = _sums_of_powers(self.padded.max(axis=2, keepdims=True))
+        kinds = np.array([one.coefficients for one in micro_steps])
+        sizes = np.broadcast_to(self.sizes, self.padded.shape)
+        slowest = (sizes * self.padded).argmax(axis=2)[:, :, None]
+        by_rank = _sums(sizes, self.padded)
+        of_slowest = _sums(
+            np.take_along_axis(sizes, slowest, axis=2),
+            np.take_along_axis(self.padded, slowest, axis=2),
+        )
         apart = np.tensordot(kinds, by_rank, axes=1).max(axis=2).mean(axis=1)
-        together = np.tensordot(kinds, of_longest, axes=1)[:, :, 0].mean(axis=1)
+        together = np.tensordot(kinds, of_slowest, axes=1)[:, :, 0].mean(axis=1)
         return np.stack([apart, together], axis=1) * self._not_drawn
 
 
-def _sums_of_powers(lengths: Ints) -> Floats:
-    """Sum 1, s and s^2 over the micro-steps: an array (3, steps, ranks)."""
+def _sums(sizes: Ints, lengths: Ints) -> Floats:
+    """Sum 1, m, m s and m s^2 over the micro-steps: an array (4, steps, ranks)."""
     exact = lengths.astype(np.float64)
-    return np.stack([(exact**power).sum(axis=1) for power in range(3)])
+    started = np.full(exact.shape, 1.0).sum(axis=1)
+    return np.stack([started, *((sizes * exact**power).sum(axis=1) for power in range(3))])
 
 
 def integrate(
@@ -140,9 +205,10 @@ def integrate(
     micro_batch_size: int,
     gradient_accumulation_steps: int,
     ranks: int,
-    micro_step_s: Callable[[Ints], Floats],
+    micro_step_s: Callable[[Ints, Ints], Floats],
     boundary_extra_s: float,
     synchronises_every_micro_step: bool,
+    sampling: str = RANDOM,
 ) -> StepRate:
     """Integrate the time of micro-steps over the batches that training draws.
 
@@ -151,11 +217,13 @@ def integrate(
         micro_batch_size: rows a micro-step and rank.
         gradient_accumulation_steps: micro-steps an optimizer step.
         ranks: data-parallel ranks.
-        micro_step_s: seconds of a micro-step without an update, for an array of padded lengths.
+        micro_step_s: seconds of a micro-step without an update, for arrays of rows and of padded
+            lengths.
         boundary_extra_s: seconds that the update adds to an optimizer step.
         synchronises_every_micro_step: whether ranks wait for each other in each micro-step.
+        sampling: how the rows of a step are split.
     """
-    steps = DrawnSteps.draw(rows, micro_batch_size, gradient_accumulation_steps, ranks)
+    steps = DrawnSteps.draw(rows, micro_batch_size, gradient_accumulation_steps, ranks, sampling)
     step_time_s = boundary_extra_s + steps.mean_s(
         micro_step_s, synchronises_every_micro_step=synchronises_every_micro_step
     )
@@ -171,7 +239,9 @@ def synchronises_every_micro_step(zero_stage: int, ranks: int) -> bool:
     return zero_stage >= 2 and ranks > 1  # noqa: PLR2004 - a ZeRO stage
 
 
-def evaluate(polynomial: Polynomial, micro_batch_size: int, lengths: Ints | Floats) -> Floats:
+def evaluate(
+    polynomial: Polynomial, micro_batch_size: int | Ints, lengths: Ints | Floats
+) -> Floats:
     """Evaluate m (c0 + c1 s + c2 s^2) for each length s."""
     values: Floats = micro_batch_size * (
         polynomial.c0 + polynomial.c1 * lengths + polynomial.c2 * lengths.astype(np.float64) ** 2
@@ -179,24 +249,41 @@ def evaluate(polynomial: Polynomial, micro_batch_size: int, lengths: Ints | Floa
     return values
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroStepTime:
+    """Seconds of a micro-step: those of its start, and those of each row by its padded length."""
+
+    start_s: float
+    a_row_s: Polynomial
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """Those of 1, m, m s and m s^2."""
+        a_row = self.a_row_s
+        return self.start_s, a_row.c0, a_row.c1, a_row.c2
+
+    def __call__(self, sizes: Ints, lengths: Ints) -> Floats:
+        """Return the seconds of micro-steps of so many rows of these padded lengths."""
+        return self.start_s + evaluate(self.a_row_s, sizes, lengths)
+
+
 def predicted_micro_step(
-    profile: ModelProfile,
-    checkpointing: str,
-    rates: Rates,
-    micro_batch_size: int,
-    attention: str | None = None,
-) -> Polynomial:
-    """Return the predicted seconds of a micro-step, all its rows together, over padded lengths.
+    profile: ModelProfile, checkpointing: str, rates: Rates, attention: str | None = None
+) -> MicroStepTime:
+    """Return the predicted seconds of a micro-step.
 
     The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
     of them what it takes to start one.
     """
     trace = profile.trace(checkpointing, attention)
-    a_flop_s = micro_batch_size / rates.matmul_flops_per_s
-    return Polynomial(
-        c0=trace.flops.c0 * a_flop_s + trace.operators * rates.operator_overhead_s,
-        c1=trace.flops.c1 * a_flop_s,
-        c2=trace.flops.c2 * a_flop_s,
+    a_flop_s = 1 / rates.matmul_flops_per_s
+    return MicroStepTime(
+        start_s=trace.operators * rates.operator_overhead_s,
+        a_row_s=Polynomial(
+            c0=trace.flops.c0 * a_flop_s,
+            c1=trace.flops.c1 * a_flop_s,
+            c2=trace.flops.c2 * a_flop_s,
+        ),
     )
 
 

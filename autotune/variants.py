@@ -1,6 +1,7 @@
 """Structures that may win only under a condition, added where it holds.
 
-Overlapping takes a second bucket, and gains what communication it hides. Short buckets, small
+Overlapping takes a second bucket, and gains what communication it hides. Rows that are split by
+length are padded less, and ranks wait less for each other. Short buckets, small
 parameters that stage 3 shards too, and weights in host memory save memory and cost time, so that
 they cannot win where their neighbour fits.
 """
@@ -15,8 +16,9 @@ from autotune.hardware import Cluster
 from autotune.knobs import Pins
 from autotune.plan import Plan
 from autotune.prune import best_beside
-from autotune.setting import Structure
+from autotune.setting import REBALANCE, Structure
 from autotune.space import Space, space_of
+from autotune.throughput import Ints
 from autotune.workload import ModelProfile
 
 SHORT_BUCKET_ELEMENTS = 50_000_000
@@ -25,9 +27,12 @@ SHORT_BUCKET_ELEMENTS = 50_000_000
 LOW_PERSISTENCE_THRESHOLD = 10_000
 """A tenth of DeepSpeed's default: norms of hidden sizes up to this stay whole."""
 
+WORTH_TRYING = 0.01
+"""Share of a step that overlapping or rebalancing must be estimated to save to be tried."""
 
-WORTH_OVERLAPPING = 0.01
-"""Share of a step that overlapping must be estimated to save to be tried."""
+MOST_ROWS_REBALANCED = 1024
+"""Of a global batch: transformers' sampler takes 15 ms for so many, and eight times that for four
+times as many."""
 
 
 def with_overlap(
@@ -48,14 +53,46 @@ def with_overlap(
         for index in _kept_structures(plan)
         if plan.space.structures[index].zero_stage in {1, 2}
     ]
+    return _with_faster(plan, estimate, plain, {"overlap_comm": True})
+
+
+def may_rebalance(lengths: Ints, global_batch_size: int, pins: Pins) -> bool:
+    """Tell whether splitting rows by length is to be looked at: it is asked for, or may win.
+
+    It cannot where rows are alike, or a step is one row.
+    """
+    if lengths.min() == lengths.max():
+        return False
+    if "sampling" in pins:
+        return REBALANCE in pins["sampling"]
+    return 1 < global_batch_size <= MOST_ROWS_REBALANCED
+
+
+def with_rebalancing(plan: Plan, estimate: Callable[[Space], Plan], pins: Pins) -> Plan:
+    """Add structures that split rows by length, where that is estimated to be worth it.
+
+    Args:
+        plan: of the structures that take rows as they are drawn.
+        estimate: makes a plan of a space, and knows how rows are split.
+        pins: knobs that are left as they are.
+    """
+    if "sampling" in pins:
+        return plan
+    return _with_faster(plan, estimate, _kept_structures(plan), {"sampling": REBALANCE})
+
+
+def _with_faster(
+    plan: Plan, estimate: Callable[[Space], Plan], plain: list[int], change: dict[str, Any]
+) -> Plan:
+    """Add structures that are changed so, where that saves enough of a step of the plain ones."""
     if not plain:
         return plan
-    added = [replace(plan.space.structures[index], overlap_comm=True) for index in plain]
+    added = [replace(plan.space.structures[index], **change) for index in plain]
     longer = estimate(_with(plan.space, added))
     step_time_s = longer.step_time_s.reshape(len(longer.space.structures), -1)
     may_fit = longer.kept.reshape(step_time_s.shape)[-len(added) :]
     saved = 1 - step_time_s[-len(added) :] / step_time_s[plain]
-    worth = (may_fit & (saved >= WORTH_OVERLAPPING)).any(axis=1)
+    worth = (may_fit & (saved >= WORTH_TRYING)).any(axis=1)
     added = [added[place] for place in np.flatnonzero(worth)]
     return _with_added(plan, estimate, added)
 

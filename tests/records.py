@@ -17,7 +17,7 @@ from autotune.plan import Plan, make_plan
 from autotune.probe.protocol import ProbeRequest, RungFailure, RungMeasurement, RungPlan
 from autotune.setting import ZERO_STAGES, Setting, Structure
 from autotune.space import CHECKPOINTING_MODES, enumerate_space
-from autotune.throughput import Floats, Ints
+from autotune.throughput import DrawnRows, Floats, Ints
 from autotune.units import GIB
 from autotune.workload import Job, ModelProfile, Moment, Polynomial, Trace
 
@@ -142,7 +142,7 @@ def plan_for(
     """Plan the example job (or the given one) on a cluster, over the example's lengths."""
     job, profile = job or make_job(), profile or make_profile()
     space = enumerate_space(cluster, job.global_batch_size)
-    return make_plan(space, profile, job, cluster, RATES, LENGTHS)
+    return make_plan(space, profile, job, cluster, RATES, DrawnRows.draw(LENGTHS, 42))
 
 
 def measured(tokens_per_s: float, *, peak_bytes: int = GIB) -> Measured:

@@ -48,7 +48,7 @@ BESIDE = {
     "prune": {"space"},
     "plan": {"memory", "prune", "space", "throughput"},
     "partial_checkpointing": {"memory", "plan", "prune", "space", "throughput"},
-    "variants": {"plan", "prune", "space"},
+    "variants": {"plan", "prune", "space", "throughput"},
     "remedy": {"devices", "memory", "plan", "space", "throughput"},
     "prices": {"devices"},
     "user_config": {"config"},

@@ -15,7 +15,7 @@ from autotune.model_source import find_model
 from autotune.outcome import Crashed, OutOfMemory, Rung
 from autotune.outcome_cache import OutcomeCache
 from autotune.setting import Structure
-from autotune.throughput import Ints
+from autotune.throughput import DrawnRows, Ints
 from autotune.units import GIB
 
 LENGTHS = np.arange(100, 1124, dtype=np.int64)
@@ -45,7 +45,7 @@ def workload(lengths: Ints = LENGTHS, *, memory_gib: int = 24, **job: Any) -> Wo
         profile=make_profile(),
         rates=None,  # type: ignore[arg-type] # of no matter here
         dataset=None,
-        lengths=lengths,
+        drawn=DrawnRows.draw(lengths, 0),
         rows=len(lengths),
         plan=plan,
     )

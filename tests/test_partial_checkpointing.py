@@ -16,6 +16,7 @@ from autotune.plan import Plan, make_plan
 from autotune.profile.request import TraceRequest
 from autotune.profile.trace import trace_model
 from autotune.space import enumerate_space
+from autotune.throughput import DrawnRows
 
 MODES = ("every-2", "every-4")
 
@@ -59,7 +60,7 @@ def test_a_model_that_cannot_checkpoint_has_nothing_in_between() -> None:
     job, profile = make_job(), make_profile(traces=make_profile().traces[:1])
     cluster = make_cluster(gpus=2)
     space = enumerate_space(cluster, job.global_batch_size, checkpointing_modes=("none",))
-    plan = make_plan(space, profile, job, cluster, RATES, LENGTHS)
+    plan = make_plan(space, profile, job, cluster, RATES, DrawnRows.draw(LENGTHS, 42))
     assert with_partial_checkpointing(plan, MODES, 20) is plan
 
 
@@ -76,7 +77,7 @@ def test_it_is_what_a_trace_of_every_second_layer_says() -> None:
 
     def plan(*modes: str) -> Plan:
         space = enumerate_space(cluster, job.global_batch_size, checkpointing_modes=modes)
-        return make_plan(space, profile, job, cluster, RATES, LENGTHS)
+        return make_plan(space, profile, job, cluster, RATES, DrawnRows.draw(LENGTHS, 42))
 
     traced = plan("none", "full", "every-2")
     between = with_partial_checkpointing(plan("none", "full"), ("every-2",), profile.num_layers)

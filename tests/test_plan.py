@@ -15,7 +15,6 @@ from autotune.space import enumerate_space
 from autotune.throughput import (
     DrawnRows,
     StepRate,
-    evaluate,
     integrate,
     predicted_communication,
     predicted_hideable,
@@ -173,9 +172,9 @@ def test_a_setting_is_found_by_what_it_is(data: st.DataObject) -> None:
 def test_memory_is_that_of_the_longest_row_of_the_data() -> None:
     cluster, job = make_cluster(gpus=2), make_job()
     space = enumerate_space(cluster, job.global_batch_size)
-    some = make_plan(space, make_profile(), job, cluster, RATES, LENGTHS)
+    some = make_plan(space, make_profile(), job, cluster, RATES, DrawnRows.draw(LENGTHS, 42))
     one_longer = np.append(LENGTHS, 2 * LENGTHS.max())
-    more = make_plan(space, make_profile(), job, cluster, RATES, one_longer)
+    more = make_plan(space, make_profile(), job, cluster, RATES, DrawnRows.draw(one_longer, 42))
     activations = some.memory.activations_bytes
     assert (more.memory.activations_bytes > activations).all()
     assert (more.memory.device_bytes >= some.memory.device_bytes).all()
@@ -209,9 +208,7 @@ def predicted_alone(plan: Plan, row: int) -> StepRate:
     """Predict one setting by itself."""
     job, profile, setting = make_job(), make_profile(), plan.space.setting(row)
     stage, ranks = setting.structure.zero_stage, plan.space.ranks
-    computing = predicted_micro_step(
-        profile, setting.structure.checkpointing, RATES, setting.micro_batch_size
-    )
+    computing = predicted_micro_step(profile, setting.structure.checkpointing, RATES)
     talk = predicted_communication(profile, setting.structure, ranks, RATES, job.compute_bytes)
     each_s, last_s = talk.forward_s + talk.backward_s, talk.last_backward_s + talk.update_s
     place = (profile, setting.structure, make_cluster(gpus=ranks), RATES)
@@ -223,7 +220,7 @@ def predicted_alone(plan: Plan, row: int) -> StepRate:
         micro_batch_size=setting.micro_batch_size,
         gradient_accumulation_steps=setting.gradient_accumulation_steps,
         ranks=ranks,
-        micro_step_s=lambda padded: evaluate(computing, 1, padded) + each_s + copies_each_s,
+        micro_step_s=lambda sizes, padded: computing(sizes, padded) + each_s + copies_each_s,
         boundary_extra_s=last_s + update_s,
         synchronises_every_micro_step=synchronises_every_micro_step(stage, ranks),
     )

@@ -20,7 +20,7 @@ from autotune.probe.deadlines import Deadline, Deadlines
 from autotune.probe.local import LocalProber
 from autotune.probe.protocol import PHASES, ProbeRequest, RungFailure, RungMeasurement
 from autotune.processes import temporary_dir
-from autotune.setting import Structure
+from autotune.setting import REBALANCE, Structure
 from autotune.tune.site import JobSite
 
 RANKS, GLOBAL_BATCH = 2, 16
@@ -279,3 +279,44 @@ def test_a_garbled_answer_is_a_crash_that_says_so(
     assert isinstance(outcome, Crashed)
     assert "garbage" in outcome.reason
     assert list(temporary_dir().glob("probe-*")) == []
+
+
+@SLOW
+def test_micro_batches_of_unlike_many_rows_are_measured_as_the_sampler_makes_them(
+    tmp_path: Path,
+) -> None:
+    pairs = [
+        (f"Count on from {first}.", " ".join(map(str, range(first, first + first % 90))))
+        for first in range(100, 180)
+    ]
+    data = write_rows(tmp_path / "data.jsonl", pairs)
+    given = {"dataset": data, "devices": RANKS, "global_batch_size": GLOBAL_BATCH}
+    question = intake.ask(resolve([Layer("test", {k: str(v) for k, v in given.items()})]))
+    intake.start_processes(question)
+    workload = intake.look_into(question, dataset_dir=tmp_path / "dataset", logs=tmp_path)
+    split = Structure(zero_stage=2, sampling=REBALANCE)
+    assert split in workload.plan.space.structures
+    site = JobSite(
+        job=workload.job,
+        cluster=question.cluster,
+        profile=workload.profile,
+        lengths_of_rows=workload.lengths,
+        rebalanced=workload.drawn.rebalanced,
+        dataset_dir=tmp_path / "dataset",
+        scratch_dir=tmp_path,
+        total_steps=4,
+    )
+    ladder = [split.with_micro_batch(size, RANKS, GLOBAL_BATCH) for size in (2, 4)]
+    request = site.request(ladder)
+    sizes = {len(rows) for rung in request.rungs for _, rows in rung.timed_rows}
+    assert len(sizes) > 2
+
+    answers = list(climb(request, tmp_path))
+
+    for setting, answer in zip(ladder, answers, strict=True):
+        assert isinstance(answer, RungMeasurement), answer
+        outcome = site.outcome(setting, answer)
+        slowest = max(seconds for _, seconds in outcome.accumulate_s)
+        fastest = min(seconds for _, seconds in outcome.accumulate_s)
+        steps = setting.gradient_accumulation_steps
+        assert fastest * steps <= outcome.step_time_s - outcome.boundary_extra_s <= slowest * steps

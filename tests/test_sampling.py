@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.dataset.splitting import num_held_out, split_rows
-from autotune.engine.sampling import GlobalBatches, StepShape
+from autotune.engine.sampling import GlobalBatches, StepShape, rebalanced
 
 
 def batches(  # what a rank's sampler is made from
@@ -57,6 +57,39 @@ def test_every_split_takes_the_rows_of_a_step_once(
                 largest_micro_batch=max(padded),
             )
         assert sorted(row for rows in steps for row in rows) == list(range(len(lengths)))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    split=st.sampled_from([(1, 1), (1, 8), (2, 1), (2, 4), (4, 2)]),
+)
+def test_what_a_plan_knows_of_the_split_is_what_ranks_are_given(
+    lengths: list[int], split: tuple[int, int]
+) -> None:
+    ranks, accumulation = split
+    drawn = rebalanced(
+        np.array(lengths),
+        global_batch_size=8,
+        ranks=ranks,
+        accumulations=[accumulation],
+        seed=3,
+        epochs=2,
+    )[accumulation]
+    samplers = [
+        batches(lengths, ranks, rank, accumulation, rebalance=True) for rank in range(ranks)
+    ]
+    first = [list(sampler) for sampler in samplers]
+    expected = [
+        [max(row, ~row) for row in first[rank][place]]
+        for place in range(max(1, len(lengths) // 8) * accumulation)
+        for rank in range(ranks)
+    ]
+    assert drawn.sizes.shape[1:] == (accumulation, ranks)
+    assert drawn.sizes.ravel().tolist() == list(map(len, expected))
+    assert drawn.rows.tolist() == [row for batch in expected for row in batch]
+    steps = 2 * -(-len(lengths) // 8)
+    largest = max(samplers[0].shape_of(step).largest_micro_batch for step in range(steps))
+    assert len(drawn.heaviest) * max(lengths[row] for row in drawn.heaviest) == largest
 
 
 def test_full_micro_batches_are_alike_in_size_and_epochs_differ() -> None:

@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import RATES, make_cluster, make_profile
 
-from autotune.setting import Structure
+from autotune.engine.sampling import GlobalBatches, rebalanced
+from autotune.setting import RANDOM, REBALANCE, Structure
 from autotune.throughput import (
     Communication,
     DrawnRows,
     DrawnSteps,
     Floats,
     Ints,
+    MicroStepTime,
     StepRate,
     evaluate,
     integrate,
@@ -35,8 +37,8 @@ lengths_of_rows = st.lists(st.integers(1, 2000), min_size=1, max_size=60).map(
 sizes = st.integers(1, 4)
 
 
-def micro_step_s(padded: Ints) -> Floats:
-    seconds: Floats = 0.001 + 1e-5 * padded + 1e-8 * padded.astype(float) ** 2
+def micro_step_s(sizes: Ints, padded: Ints) -> Floats:
+    seconds: Floats = 0.001 + sizes * (1e-5 * padded + 1e-8 * padded.astype(float) ** 2)
     return seconds
 
 
@@ -58,7 +60,7 @@ def naive_rate(
                 rows = drawn[start : start + size]
                 tokens += sum(int(lengths[row]) for row in rows)
                 longest = max(int(lengths[row]) for row in rows)
-                seconds.append(float(micro_step_s(np.array([longest]))[0]))
+                seconds.append(float(micro_step_s(np.array([size]), np.array([longest]))[0]))
             for rank in range(ranks):
                 rank_seconds[rank] += max(seconds) if each else seconds[rank]
         step_times.append(max(rank_seconds) + 0.05)
@@ -96,21 +98,99 @@ def test_integration_is_the_loop_over_steps_ranks_and_rows(
     assert found.tokens_per_s == pytest.approx(naive.tokens_per_s)
 
 
-rising = st.builds(Polynomial, c0=st.floats(-1, 1), c1=st.floats(1e-5, 1), c2=st.floats(0, 1e-3))
+rising = st.builds(
+    MicroStepTime,
+    start_s=st.floats(0, 1),
+    a_row_s=st.builds(
+        Polynomial, c0=st.floats(-1, 1), c1=st.floats(1e-5, 1), c2=st.floats(0, 1e-3)
+    ),
+)
 
 
 @given(lengths_of_rows, sizes, sizes, sizes, st.lists(rising, min_size=1, max_size=3))
 def test_many_polynomials_at_once_are_each_by_itself(
-    lengths: Ints, size: int, accumulation: int, ranks: int, kinds: list[Polynomial]
+    lengths: Ints, size: int, accumulation: int, ranks: int, kinds: list[MicroStepTime]
 ) -> None:
     steps = DrawnSteps.draw(DrawnRows.draw(lengths, 0), size, accumulation, ranks)
     at_once = steps.mean_s_of(kinds)
     for kind, pair in zip(kinds, at_once, strict=True):
-        alone = [
-            steps.mean_s(partial(evaluate, kind, 1), synchronises_every_micro_step=each)
-            for each in (False, True)
-        ]
+        alone = [steps.mean_s(kind, synchronises_every_micro_step=each) for each in (False, True)]
         assert pair == pytest.approx(alone, abs=1e-9)
+
+
+RANKS, MICRO_STEPS, BATCH = 2, 4, 16
+
+
+def split_by_length(rows: int) -> tuple[DrawnRows, GlobalBatches]:
+    """Return rows with what the sampler makes of them, and a training's own sampler."""
+    lengths = np.random.default_rng(rows).integers(10, 900, rows)
+    split = {"global_batch_size": BATCH, "ranks": RANKS, "seed": 5}
+    drawn = rebalanced(lengths, accumulations=[MICRO_STEPS], epochs=1, **split)
+    sampler = GlobalBatches(lengths, rank=0, accumulation=MICRO_STEPS, rebalance=True, **split)
+    return DrawnRows.draw(lengths, 5, drawn), sampler
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_steps_split_by_length_take_what_the_sampler_makes_of_them(*, each: bool) -> None:
+    rows, sampler = split_by_length(64)
+    step_times, tokens = [], 0
+    by_rank = []
+    for rank in range(RANKS):
+        sampler.rank = rank
+        by_rank.append(list(sampler))
+    for step in range(64 // BATCH):
+        seconds = np.zeros((MICRO_STEPS, RANKS))
+        for place, rank in np.ndindex(seconds.shape):
+            batch = rows.lengths[by_rank[rank][step * MICRO_STEPS + place]]
+            tokens += int(batch.sum())
+            seconds[place, rank] = micro_step_s(np.array(len(batch)), batch.max())
+        slowest = seconds.max(axis=1).sum() if each else seconds.sum(axis=0).max()
+        step_times.append(slowest + 0.05)
+    found = integrate(
+        rows,
+        micro_batch_size=BATCH // RANKS // MICRO_STEPS,
+        gradient_accumulation_steps=MICRO_STEPS,
+        ranks=RANKS,
+        micro_step_s=micro_step_s,
+        boundary_extra_s=0.05,
+        synchronises_every_micro_step=each,
+        sampling=REBALANCE,
+    )
+    assert found.step_time_s == pytest.approx(np.mean(step_times))
+    assert found.tokens_per_s == pytest.approx(tokens / len(step_times) / np.mean(step_times))
+
+
+def test_many_kinds_of_unlike_micro_batches_are_nearly_each_by_itself() -> None:
+    rows, _ = split_by_length(320)
+    steps = DrawnSteps.draw(rows, 2, MICRO_STEPS, RANKS, REBALANCE)
+    kind = MicroStepTime(start_s=1e-3, a_row_s=Polynomial(c0=0.0, c1=1e-5, c2=1e-9))
+    alone = [steps.mean_s(kind, synchronises_every_micro_step=each) for each in (False, True)]
+    assert steps.mean_s_of([kind])[0] == pytest.approx(alone, rel=0.01)
+
+
+def test_rows_split_by_length_are_faster_where_they_are_unlike() -> None:
+    rows, _ = split_by_length(320)
+    by_sampling = {
+        sampling: integrate(
+            rows,
+            micro_batch_size=2,
+            gradient_accumulation_steps=MICRO_STEPS,
+            ranks=RANKS,
+            micro_step_s=micro_step_s,
+            boundary_extra_s=0.0,
+            synchronises_every_micro_step=True,
+            sampling=sampling,
+        ).tokens_per_s
+        for sampling in (RANDOM, REBALANCE)
+    }
+    assert by_sampling[REBALANCE] > 1.1 * by_sampling[RANDOM]
+
+
+def test_rows_of_one_length_are_split_alike_by_any_sampling() -> None:
+    rows = DrawnRows.draw(np.full(64, 100), 0)
+    random, rebalance = (DrawnSteps.draw(rows, 2, 4, 2, one) for one in (RANDOM, REBALANCE))
+    assert random.padded.tolist() == rebalance.padded.tolist()
+    assert rows.heaviest(REBALANCE, 2, 4) == (2, 100)
 
 
 @given(lengths_of_rows, sizes, sizes, sizes)
@@ -164,8 +244,7 @@ def test_only_zero_2_and_3_synchronise_every_micro_step_and_only_among_ranks() -
 
 
 def predicted(checkpointing: str, size: int) -> Callable[[Ints], Floats]:
-    micro_step = predicted_micro_step(make_profile(), checkpointing, RATES, size)
-    return partial(evaluate, micro_step, 1)
+    return partial(predicted_micro_step(make_profile(), checkpointing, RATES), np.array([size]))
 
 
 def test_a_micro_step_costs_its_operations_and_the_start_of_its_operators() -> None:

@@ -27,7 +27,7 @@ from autotune.plan import Plan
 from autotune.probe.fakes import Answer, ScriptedProber
 from autotune.probe.protocol import ProbeRequest, RungFailure, RungMeasurement, RungPlan
 from autotune.setting import Setting, Structure
-from autotune.throughput import evaluate, predicted_micro_step
+from autotune.throughput import predicted_micro_step
 from autotune.tune.judge import Judge
 from autotune.tune.loop import Tuned, Tuner, describe, write_study
 from autotune.tune.search import OUTCOMES
@@ -684,9 +684,9 @@ def test_micro_steps_as_predicted_compose_to_the_step_time_as_predicted() -> Non
     site = make_site(gpus=1)
     plan = plan_for(site.cluster)
     setting = Structure(zero_stage=0).with_micro_batch(4, 1, 32)
-    micro_step = predicted_micro_step(site.profile, "none", RATES, 4)
+    micro_step = predicted_micro_step(site.profile, "none", RATES)
     lengths = np.linspace(100, LENGTHS.max(), 50, dtype=np.int64)
-    seconds = evaluate(micro_step, 1, lengths)
+    seconds = micro_step(np.array(4), lengths)
     update_s = 28e9 / 1e12
     outcome = site.outcome(
         setting,

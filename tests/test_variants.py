@@ -3,16 +3,25 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from records import LENGTHS, RATES, make_cluster, make_job, make_profile
 
+from autotune.engine.sampling import rebalanced
 from autotune.hardware import Cluster
-from autotune.knobs import Pins
+from autotune.knobs import Pins, Value
 from autotune.plan import Plan, make_plan
 from autotune.prune import frugality
-from autotune.setting import Structure
-from autotune.space import Space, enumerate_space
+from autotune.setting import REBALANCE, Structure
+from autotune.space import Space, enumerate_space, micro_batch_sizes
+from autotune.throughput import DrawnRows, Ints
 from autotune.units import GIB
-from autotune.variants import WORTH_OVERLAPPING, with_frugal, with_overlap
+from autotune.variants import (
+    WORTH_TRYING,
+    may_rebalance,
+    with_frugal,
+    with_overlap,
+    with_rebalancing,
+)
 
 NOTHING_PINNED = Pins()
 PROFILE = make_profile(
@@ -28,7 +37,7 @@ def longer(
     rates = replace(RATES, link_bytes_per_s=link)
 
     def estimate(space: Space) -> Plan:
-        return make_plan(space, PROFILE, make_job(), cluster, rates, LENGTHS)
+        return make_plan(space, PROFILE, make_job(), cluster, rates, DrawnRows.draw(LENGTHS, 42))
 
     before = estimate(enumerate_space(cluster, 32, pins=pins))
     overlapping = with_overlap(before, estimate, cluster, pins)
@@ -64,7 +73,7 @@ def test_overlap_hides_no_more_than_there_is() -> None:
         assert len(beside) == len(rows)
         saved = 1 - after.step_time_s[rows] / before.step_time_s[beside]
         assert (saved >= 0).all()
-        assert saved.max() >= WORTH_OVERLAPPING
+        assert saved.max() >= WORTH_TRYING
         assert saved.max() < 1
 
 
@@ -105,3 +114,67 @@ def test_a_pinned_knob_is_left_as_it_is() -> None:
 
 def test_a_cpu_has_none_of_it_where_all_fits() -> None:
     assert added(longer(make_cluster(cpu_ranks=2, memory_bytes=900 * GIB))) == set()
+
+
+def with_split_rows(lengths: Ints, pins: Pins = NOTHING_PINNED) -> tuple[Plan, Plan]:
+    """Return the plan before and after splitting by length is added where it may win."""
+    cluster, job = make_cluster(gpus=2, memory_bytes=80 * GIB), make_job()
+    split = rebalanced(
+        lengths,
+        global_batch_size=32,
+        ranks=2,
+        accumulations=micro_batch_sizes(32, 2),
+        seed=job.seed,
+        epochs=1,
+    )
+    rows = DrawnRows.draw(lengths, job.seed, split)
+
+    def estimate(space: Space) -> Plan:
+        return make_plan(space, PROFILE, job, cluster, RATES, rows)
+
+    before = estimate(enumerate_space(cluster, 32, pins=pins))
+    return before, with_rebalancing(before, estimate, pins)
+
+
+def test_unlike_rows_are_also_split_by_length_and_take_less_memory_and_time_for_it() -> None:
+    plans = with_split_rows(LENGTHS)
+    found, after = added(plans), plans[1]
+    assert found
+    assert {one.sampling for one in found} == {REBALANCE}
+    for size in (4, 8):
+        plain = Structure(zero_stage=2).with_micro_batch(size, 2, 32)
+        split = replace(plain, structure=replace(plain.structure, sampling=REBALANCE))
+        row, beside = after.row_of(split), after.row_of(plain)
+        assert row is not None
+        assert beside is not None
+        assert after.tokens_per_s[row] > 1.1 * after.tokens_per_s[beside]
+        assert after.memory.device_bytes[row] < after.memory.device_bytes[beside]
+
+
+def test_rows_that_hardly_differ_are_taken_as_they_are_drawn() -> None:
+    assert added(with_split_rows(np.array([1000, 1001] * 100))) == set()
+
+
+def test_a_pinned_sampling_is_left_as_it_is() -> None:
+    pins = Pins.of({"sampling": [REBALANCE]})
+    before, after = with_split_rows(LENGTHS, pins)
+    assert before is after
+    assert {one.sampling for one in after.space.structures} == {REBALANCE}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch", "pins", "may"),
+    [
+        ([5, 9], 32, {}, True),
+        ([9, 9], 32, {}, False),
+        ([5, 9], 1, {}, False),
+        ([5, 9], 4096, {}, False),
+        ([5, 9], 4096, {"sampling": [REBALANCE]}, True),
+        ([9, 9], 32, {"sampling": [REBALANCE]}, False),
+        ([5, 9], 32, {"sampling": ["random"]}, False),
+    ],
+)
+def test_splitting_by_length_is_looked_at_where_it_may_win_or_is_asked_for(
+    lengths: list[int], batch: int, pins: dict[str, list[Value]], *, may: bool
+) -> None:
+    assert may_rebalance(np.array(lengths), batch, Pins.of(pins)) == may

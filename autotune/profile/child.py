@@ -11,11 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from autotune import processes
 from autotune.errors import AutotuneError, ConfigError, SetupFaultError
 from autotune.hardware import Bench
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
+from autotune.throughput import Ints, Rebalanced
 from autotune.workload import ModelProfile, Moment, Polynomial, Trace
 
 _ERROR_CHARACTERS = 500
@@ -71,6 +74,23 @@ def build_ops(names: Sequence[str], log: Path) -> None:
         SetupFaultError: an op cannot be built.
     """
     _checked(_ask(_build_ops, tuple(names), log=log), "build DeepSpeed's ops")
+
+
+def rebalanced(
+    lengths: Ints,
+    log: Path,
+    **split: Any,  # noqa: ANN401 - as of engine.sampling
+) -> dict[int, Rebalanced]:
+    """Have transformers' sampler split the rows of steps by length, in a process of its own.
+
+    Raises:
+        SetupFaultError: it cannot.
+    """
+    answer = _checked(_ask(_rebalance, lengths, split, log=log), "split the rows by length")
+    return {
+        int(accumulation): Rebalanced(**{name: np.array(value) for name, value in drawn.items()})
+        for accumulation, drawn in answer.items()
+    }
 
 
 def check_trainer_arguments(arguments: Mapping[str, Any], device_kind: str, log: Path) -> None:
@@ -195,6 +215,18 @@ def _build_ops(names: Sequence[str], path: str) -> None:
         return {}
 
     _answer(path, build)
+
+
+def _rebalance(lengths: Ints, split: dict[str, Any], path: str) -> None:
+    def rebalance() -> dict[str, Any]:
+        from autotune.engine.sampling import rebalanced
+
+        return {
+            str(accumulation): {name: value.tolist() for name, value in asdict(drawn).items()}
+            for accumulation, drawn in rebalanced(lengths, **split).items()
+        }
+
+    _answer(path, rebalance)
 
 
 def _read_trainer_arguments(arguments: dict[str, Any], device_kind: str, path: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers.trainer_utils import rotate_checkpoints
 
-from autotune.engine.sampling import REBALANCE, GlobalBatches, StepShape
+from autotune.engine.sampling import GlobalBatches, StepShape
 from autotune.engine.trainer import TunedTrainer, count_trained
 from autotune.rundir import write_text
+from autotune.setting import REBALANCE
 from autotune.train.state import load_state, save_state
 
 COMPLETE = "complete"

@@ -1,6 +1,6 @@
 """What the tuner needs to know of job and data to have a ladder probed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from autotune.hardware import Cluster
 from autotune.outcome import Measured
 from autotune.probe.plan import RungPlanner
 from autotune.probe.protocol import ProbeRequest, RungMeasurement, RungPlan
-from autotune.setting import Setting
+from autotune.setting import RANDOM, Setting
 from autotune.throughput import (
     DrawnRows,
     Floats,
     Ints,
+    Rebalanced,
     integrate,
     synchronises_every_micro_step,
 )
@@ -35,6 +36,7 @@ class JobSite:
         dataset_dir: Path,
         scratch_dir: Path,
         total_steps: int,
+        rebalanced: Mapping[int, Rebalanced] | None = None,
     ) -> None:
         self.job = job
         self.cluster = cluster
@@ -42,8 +44,9 @@ class JobSite:
         self.dataset_dir = dataset_dir
         self.scratch_dir = scratch_dir
         self.total_steps = total_steps
-        self._rows = DrawnRows.draw(lengths_of_rows, job.seed)
-        self._planner = RungPlanner(self._rows)
+        self._rows = DrawnRows.draw(lengths_of_rows, job.seed, rebalanced)
+        # How work grows with rows and lengths is about the same however a pass is computed.
+        self._planner = RungPlanner(self._rows, profile.traces[0][1].flops)
 
     def request(self, ladder: Sequence[Setting]) -> ProbeRequest:
         first = ladder[0]
@@ -66,7 +69,13 @@ class JobSite:
         )
 
     def _rung(self, setting: Setting) -> RungPlan:
-        return self._planner.plan(setting.micro_batch_size, setting.gradient_accumulation_steps)
+        return self._planner.plan(setting)
+
+    def _timed_sizes(self, setting: Setting) -> int | Ints:
+        """Return how many rows the micro-batches have that are timed, each if they differ."""
+        if setting.structure.sampling == RANDOM:
+            return setting.micro_batch_size
+        return np.array([len(rows) for _, rows in self._rung(setting).timed_rows])
 
     def lengths(self, setting: Setting) -> dict[str, object]:
         """Return the lengths that the rung of a setting is tried on."""
@@ -77,15 +86,17 @@ class JobSite:
         """Compose the step time of the real length distribution from the rung's micro-steps."""
         timed = [(length, float(np.median(times))) for length, times in measured.accumulate_s]
         lengths, seconds = (np.array(column) for column in zip(*timed, strict=True))
+        work = self._planner.work(self._timed_sizes(setting), lengths)
 
-        def micro_step_s(padded: Ints) -> Floats:
-            interpolated: Floats = np.interp(padded, lengths, seconds)
+        def micro_step_s(sizes: Ints, padded: Ints) -> Floats:
+            interpolated: Floats = np.interp(self._planner.work(sizes, padded), work, seconds)
             return interpolated
 
+        # Updates are timed on the rows in the middle.
         boundary_extra_s = max(
             (
-                float(np.median(times)) - float(micro_step_s(np.array([length]))[0])
-                for length, times in measured.boundary_s
+                float(np.median(times)) - float(seconds[len(seconds) // 2])
+                for _, times in measured.boundary_s
             ),
             default=0.0,
         )
@@ -99,6 +110,7 @@ class JobSite:
             synchronises_every_micro_step=synchronises_every_micro_step(
                 setting.structure.zero_stage, self.cluster.num_devices
             ),
+            sampling=setting.structure.sampling,
         )
         return Measured(
             step_time_s=rate.step_time_s,

@@ -22,6 +22,7 @@ from autotune.profile.request import TraceRequest
 from autotune.profile.trace import trace_model
 from autotune.setting import Offload, Structure
 from autotune.space import Space, micro_batch_sizes
+from autotune.throughput import DrawnRows
 from autotune.workload import Job, ModelProfile
 
 GPUS = parse_gpus("8xA100-80GB")
@@ -108,11 +109,12 @@ def main() -> None:
     profile, space = profile_of_many(arguments.settings)
     cluster, rates = named_cluster([GPUS]), named_rates([GPUS], 1, "bf16")
     lengths = np.random.default_rng(0).integers(20, 8192, 250_000)
+    rows = DrawnRows.draw(lengths, job().seed)
 
     def estimate_and_rank() -> None:
-        make_plan(space, profile, job(), cluster, rates, lengths).ranking()
+        make_plan(space, profile, job(), cluster, rates, rows).ranking()
 
-    plan = make_plan(space, profile, job(), cluster, rates, lengths)
+    plan = make_plan(space, profile, job(), cluster, rates, rows)
     result = {
         "settings": len(space),
         "structures": len(space.structures),
