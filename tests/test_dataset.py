@@ -352,7 +352,7 @@ def test_any_json_under_messages_is_read_or_refused_as_row_error(messages: objec
             {"messages": [HI, HELLO | {"tool_calls": [{}]}]},
             'messages[1].tool_calls[0] has no "name"',
         ),
-        ({"messages": [HI, HELLO | {"tool_calls": "{"}]}, "a string that is not valid JSON"),
+        ({"messages": [HI, HELLO | {"tool_calls": "{"}]}, "a string, in which JSON is needed: not"),
         (
             {
                 "messages": [
@@ -362,14 +362,14 @@ def test_any_json_under_messages_is_read_or_refused_as_row_error(messages: objec
             },
             'has the "arguments" a list, and an object is needed',
         ),
-        ({"messages": [HI, HELLO], "tools": "x"}, '"tools" is a string that is not valid JSON'),
+        ({"messages": [HI, HELLO], "tools": "x"}, '"tools" is a string, in which JSON is needed'),
         ({"messages": [HI, HELLO | {"train_detail": [1]}]}, '"train_detail", which is not read'),
         ({"messages": [HI]}, 'no message has the role "assistant"'),
         ({"messages": [HI, HELLO | {"weight": 0.5}]}, '"weight" 0.5, and 0 or 1 is needed'),
         ({"messages": [HI, HELLO | {"weight": 2}]}, '"weight" 2'),
         ({"messages": [HI, HELLO | {"weight": "0"}]}, '"weight" "0"'),
         ({"messages": [HI, HELLO | {"loss": 1}]}, '"loss" 1, and true or false is needed'),
-        ({"messages": [HI | {"content": ""}, HELLO | {"content": ""}]}, "every message is empty"),
+        ({"messages": [HI | {"content": ""}, HELLO | {"content": ""}]}, "every answer is empty"),
         ({"messages": [HI, HELLO | {"train": "yes"}]}, '"train" "yes"'),
         ({"messages": [HI | {"train": True}, HELLO]}, "only assistant can be"),
     ],

@@ -195,7 +195,7 @@ def test_rows_are_taken_from_the_cache_in_another_directory(
 def test_processes_make_the_same_rows_in_the_same_order(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = [row(f"question {i}", "answer " * (i % 7)) for i in range(6000)]
+    lines = [row(f"question {i}", "answer " * (1 + i % 7)) for i in range(6000)]
     lines[3000:3000] = BAD
     path = write(tmp_path / "data.jsonl", *lines)
     assert len(list(read_blocks(path))) == 1
