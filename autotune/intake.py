@@ -416,6 +416,9 @@ def describe_dataset(profile: DatasetProfile) -> str:
     ]
     if profile.sequences != profile.rows_used:
         parts.append(f"{profile.sequences} sequences an epoch")
+    if profile.tokens_lost:
+        shares = ", ".join(f"{limit}: {share:.1%}" for limit, share in profile.coverage)
+        parts.append(f"whole within a limit of {shares}")
     return ", ".join(parts)
 
 

@@ -14,7 +14,7 @@ from autotune.config import FORMATS
 from autotune.dataset.conventions import CONVENTIONS, SampleError, mapped, recognise
 from autotune.dataset.conversation import Conversation, Segments, Text, Tokens
 from autotune.dataset.encode import TemplateCodec
-from autotune.dataset.lines import RowError
+from autotune.dataset.lines import RowError, parse_row
 
 CALL = {"name": "add", "arguments": {"a": 1, "b": 2}}
 TOOL = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
@@ -180,6 +180,40 @@ CHATS: list[tuple[str, dict[str, Any], list[dict[str, object]], str]] = [
         [SYSTEM, USER, ANSWER, turn("user", "Add.\n1+2?"), ANSWER],
         "--x-x",
     ),
+    (
+        "messages",
+        {"system": "Count.", "messages": [turn("User", "1+2?"), turn("Assistant", "3")]},
+        [SYSTEM, USER, ANSWER],
+        "--x",
+    ),
+    (
+        "messages",
+        {"system": "Count.", "messages": [SYSTEM, USER, ANSWER]},
+        [SYSTEM, USER, ANSWER],
+        "--x",
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                USER,
+                turn("tool_call", json.dumps(CALL)),
+                turn("tool_response", "3"),
+                ANSWER,
+            ]
+        },
+        [USER, turn("assistant", "", tool_calls=CALLS), turn("tool", "3"), ANSWER],
+        "-x-x",
+    ),
+    (
+        "sharegpt",
+        {
+            "system_prompt": "Count.",
+            "conversations": [{"from": "Human", "value": "1+2?"}, {"from": "GPT", "value": "3"}],
+        },
+        [SYSTEM, USER, ANSWER],
+        "--x",
+    ),
     ("alpaca", {"instruction": "1+2?", "input": "", "output": "3"}, [USER, ANSWER], "-x"),
     ("prompt-completion", {"prompt": "1+2?", "completion": "3"}, [USER, ANSWER], "-x"),
     (
@@ -187,6 +221,16 @@ CHATS: list[tuple[str, dict[str, Any], list[dict[str, object]], str]] = [
         {"prompt": [SYSTEM, USER, ANSWER, USER], "completion": [ANSWER]},
         [SYSTEM, USER, ANSWER, USER, ANSWER],
         "----x",
+    ),
+    (
+        "prompt-completion",
+        {
+            "system": "Count.",
+            "prompt": [USER],
+            "completion": [turn("assistant", "3", weight=0), ANSWER],
+        },
+        [SYSTEM, USER, ANSWER, ANSWER],
+        "---x",
     ),
     ("prompt-response", {"prompt": "1+2?", "response": "3"}, [USER, ANSWER], "-x"),
     ("prompt-response", {"query": "1+2?", "response": "3", "history": []}, [USER, ANSWER], "-x"),
@@ -218,6 +262,16 @@ RAW: list[tuple[str, dict[str, Any], object]] = [
         "tokens",
         {"input_ids": [5, 6], "assistant_masks": [0, 1]},
         Tokens((5, 6), (False, True)),
+    ),
+    (
+        "tokens",
+        {
+            "input_ids": [5, 6, 7, 8],
+            "labels": [-100, 6, 7, 8],
+            "assistant_masks": [1, 1, 1, 0],
+            "completion_mask": [False, False, True, True],
+        },
+        Tokens((5, 6, 7, 8), (False, False, True, False)),
     ),
 ]
 
@@ -369,6 +423,69 @@ def test_a_mapping_that_makes_no_rows_is_refused() -> None:
         mapped({"user": "q", "assistant": "a"}).parse({"q": "b"})
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "1+2?", "output": " "}, "every answer is empty"),
+        ({"messages": [USER, turn("assistant", "")]}, "every answer is empty"),
+        ({"prompt": [USER, ANSWER, USER], "completion": ""}, "every answer is empty"),
+        ({"input_ids": [5, 6], "completion_mask": [0, 2]}, "no list of 0 and 1"),
+        ({"input_ids": [5, 6], "completion_mask": [1]}, "1 entries"),
+        ({"conversations": [USER, ANSWER], "tools": "add("}, "in which JSON is needed"),
+        (
+            {"messages": [USER, {"role": "tool_call", "content": '{"name": "f", "name": "g"}'}]},
+            'the key "name" is there twice',
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    turn("assistant", "", tool_calls=[{"name": "f", "arguments": '{"a":' * 200}]),
+                ]
+            },
+            "in which JSON is needed",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    turn(
+                        "assistant",
+                        "",
+                        tool_calls=[{"name": "f", "arguments": '{"a":' * 200 + "1" + "}" * 200}],
+                    ),
+                ]
+            },
+            "nested more than 100 deep",
+        ),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused_with_its_reason(
+    row: dict[str, Any], reason: str
+) -> None:
+    convention = recognise([row])
+    with pytest.raises(RowError, match=reason):
+        convention.parse(row)
+
+
+def test_whole_numbers_beyond_64_bits_are_kept_in_calls() -> None:
+    number = 123456789012345678901234567890
+    for arguments in ({"a": number}, json.dumps({"a": number})):
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        text = json.dumps({"messages": [USER, turn("assistant", "", tool_calls=calls)]})
+        content = CONVENTIONS["messages"].parse(parse_row(text.encode()))
+        assert isinstance(content, Conversation)
+        made: Any = content.messages[1].extra["tool_calls"]
+        assert made[0]["function"]["arguments"] == {"a": number}
+
+
+def test_chatglm3_tools_are_free_in_form_within_a_list() -> None:
+    row: dict[str, object] = {"tools": ["add(a, b)", {"a": 1}], "conversations": [USER, ANSWER]}
+    content = CONVENTIONS["chatglm3"].parse(row)
+    assert isinstance(content, Conversation)
+    assert content.tools == ("add(a, b)", {"a": 1})
+
+
 _KEYS = sorted({key for convention in CONVENTIONS.values() for key in convention.reads} | {"label"})
 _SCALARS = st.none() | st.booleans() | st.integers(-1, 3) | st.text(max_size=4)
 _VALUES = st.recursive(
@@ -464,6 +581,25 @@ def test_train_on_prompt_trains_on_all_but_what_is_switched_off() -> None:
     ids, mask = made[0]
     left_out = tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if not on])
     assert left_out == "off<|im_end|>"
+
+
+def test_train_on_prompt_honours_switches_of_all_roles_and_trains_on_answers_in_a_prompt() -> None:
+    tokenizer = build_tokenizer(PLAIN)
+    codec = TemplateCodec(tokenizer, train_on_prompt=True)
+    off: dict[str, object] = {
+        "messages": [turn("system", "s", loss=False), turn("user", "u", weight=0), ANSWER]
+    }
+    asked: dict[str, object] = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}
+    for _ in range(2):
+        switched, prompted = codec.encode(
+            [CONVENTIONS["messages"].parse(off), CONVENTIONS["prompt-completion"].parse(asked)]
+        )
+        assert not isinstance(switched, RowError)
+        assert not isinstance(prompted, RowError)
+        ids, mask = switched[0]
+        trained = tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
+        assert trained == "<|im_start|>assistant\n3<|im_end|>\n"
+        assert all(prompted[0][1])
 
 
 def test_an_original_chatglm3_tokenizer_gives_the_expected_ids_and_masks() -> None:

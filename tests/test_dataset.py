@@ -206,6 +206,27 @@ def test_lines_and_arrays_are_read_with_their_offsets_however_they_are_cut(
     assert [line.offset for line in lines] == offsets
 
 
+def test_an_array_on_the_first_line_is_a_bad_line_where_more_lines_follow(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b' [{"a": 1}]\n{"a": 2}\n')
+    lines = [line for block in read_blocks(path) for line in block]
+    assert [(line.number, line.offset) for line in lines] == [(1, 1), (2, 12)]
+    with pytest.raises(RowError, match="an array was found"):
+        parse_row(lines[0].text)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_say_how_much_of_the_file_they_took(tmp_path: Path, *, packed: bool) -> None:
+    content = b"".join(
+        b'{"a": "%d %s"}\n' % (i, os.urandom(200).hex().encode()) for i in range(2000)
+    )
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    read = [block.read_bytes for block in read_blocks(path, 50_000)]
+    assert read == sorted(read)
+    assert 0 < read[0] < read[-1] == path.stat().st_size
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -229,6 +250,9 @@ def test_a_file_that_is_damaged_as_a_whole_is_refused(
     [
         b'{"a": 1, "a": 2}',
         b'{"a" : 1, "a" : 2}',
+        b'{"a" : 1, "a": 2}',
+        b'{"a\\\\": 1, "b": 1, "b": 2}',
+        b'{"a"\t: {"b": 1}, "a": 2}',
         b'{"a": 1, "\\u0061": 2}',
         b'{"a": [{"b": 1, "c": 2, "b": 3}]}',
     ],
@@ -352,7 +376,7 @@ def test_any_json_under_messages_is_read_or_refused_as_row_error(messages: objec
             {"messages": [HI, HELLO | {"tool_calls": [{}]}]},
             'messages[1].tool_calls[0] has no "name"',
         ),
-        ({"messages": [HI, HELLO | {"tool_calls": "{"}]}, "a string that is not valid JSON"),
+        ({"messages": [HI, HELLO | {"tool_calls": "{"}]}, "a string, in which JSON is needed: not"),
         (
             {
                 "messages": [
@@ -362,14 +386,14 @@ def test_any_json_under_messages_is_read_or_refused_as_row_error(messages: objec
             },
             'has the "arguments" a list, and an object is needed',
         ),
-        ({"messages": [HI, HELLO], "tools": "x"}, '"tools" is a string that is not valid JSON'),
+        ({"messages": [HI, HELLO], "tools": "x"}, '"tools" is a string, in which JSON is needed'),
         ({"messages": [HI, HELLO | {"train_detail": [1]}]}, '"train_detail", which is not read'),
         ({"messages": [HI]}, 'no message has the role "assistant"'),
         ({"messages": [HI, HELLO | {"weight": 0.5}]}, '"weight" 0.5, and 0 or 1 is needed'),
         ({"messages": [HI, HELLO | {"weight": 2}]}, '"weight" 2'),
         ({"messages": [HI, HELLO | {"weight": "0"}]}, '"weight" "0"'),
         ({"messages": [HI, HELLO | {"loss": 1}]}, '"loss" 1, and true or false is needed'),
-        ({"messages": [HI | {"content": ""}, HELLO | {"content": ""}]}, "every message is empty"),
+        ({"messages": [HI | {"content": ""}, HELLO | {"content": ""}]}, "every answer is empty"),
         ({"messages": [HI, HELLO | {"train": "yes"}]}, '"train" "yes"'),
         ({"messages": [HI | {"train": True}, HELLO]}, "only assistant can be"),
     ],
@@ -587,6 +611,91 @@ def test_a_system_message_without_a_place_goes_in_front_of_the_user_and_is_count
         "See you 👋<|im_end|>",
     ]
     assert codec.notes == {"system_folded": 1}
+
+
+def test_tags_that_hide_what_an_answer_said_are_not_relied_on() -> None:
+    forgetful = TAGGED.replace(
+        "{{ m.content + '<|im_end|>' }}",
+        "{{ (m.content if loop.last else m.content.split('</think>')[-1]) + '<|im_end|>' }}",
+    )
+    tokenizer = build_tokenizer(forgetful)
+    thought = {"role": "assistant", "content": "<think>Hm</think>Hello"}
+    rows = tokenize_all(conversation([HI, thought, BYE, thought]), tokenizer)
+    assert [trained_texts(row, tokenizer) for row in rows] == [
+        ["<think>Hm</think>Hello<|im_end|>"]
+    ] * 2
+
+
+def test_a_mark_that_closes_the_whole_text_does_not_split_a_conversation() -> None:
+    # As Phi-3 has it.
+    closing = PLAIN.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    tokenizer = build_tokenizer(closing)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    row = tokenize(conversation(TWO_TURNS), tokenizer)
+    assert trained_texts(row, tokenizer) == [
+        "Hello 😀<|im_end|>",
+        "See you 👋<|im_end|>\n<|end|>",
+    ]
+
+
+def test_an_end_that_the_template_leaves_open_is_the_end_of_text_token_and_is_told() -> None:
+    tokenizer = build_tokenizer(PLAIN.replace("<|im_end|>", ""))
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    for on_prompt in (False, True):
+        codec = TemplateCodec(tokenizer, train_on_prompt=on_prompt)
+        answered, asked = codec.encode([conversation([HI, HELLO]), conversation([HI, HELLO, BYE])])
+        assert not isinstance(answered, RowError)
+        assert not isinstance(asked, RowError)
+        ids, mask = answered[0]
+        assert tokenizer.decode(ids).endswith("Hello 😀\n<|im_end|>")
+        assert mask[-1]
+        assert not tokenizer.decode(asked[0][0]).endswith("<|im_end|>")
+        assert codec.notes["ended"] == 1
+
+
+def test_what_a_tool_says_is_missed_even_if_an_answer_repeats_it() -> None:
+    deaf = PLAIN.replace("in messages %}", "in messages if m.role != 'tool' %}")
+    turns: list[dict[str, Any]] = [
+        HI,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]},
+        {"role": "tool", "content": "12"},
+        {"role": "assistant", "content": "It is 12."},
+    ]
+    with pytest.raises(RowError, match=r"leaves out messages\[2\], which a tool says"):
+        tokenize_all(conversation(turns), build_tokenizer(deaf))
+
+
+def test_a_template_that_writes_any_role_gets_the_one_that_the_model_has_a_token_for() -> None:
+    turns: list[dict[str, Any]] = [HI, HELLO, {"role": "tool", "content": "12"}, SEE_YOU]
+    tokenizer = build_tokenizer(PLAIN)
+    assert "<|im_start|>tool\n12" in tokenizer.decode(tokenize(conversation(turns), tokenizer)[0])
+    tokenizer.add_tokens(["<|observation|>"], special_tokens=True)
+    text = tokenizer.decode(tokenize(conversation(turns), tokenizer)[0])
+    assert "<|im_start|>observation\n12" in text
+
+
+def test_whatever_a_template_raises_makes_a_bad_row() -> None:
+    for fault in ("1 / 0", "messages['a'] + 1", "range(10 ** 30) | list"):
+        tokenizer = build_tokenizer("{{ " + fault + " }}" + PLAIN)
+        with pytest.raises(RowError, match="refuses the conversation"):
+            tokenize(conversation([HI, HELLO]), tokenizer)
+
+
+def test_tools_that_only_a_call_names_are_told_as_left_out() -> None:
+    called = PLAIN.replace(
+        "+ '<|im_end|>", "+ (m.tool_calls[0].function.name if m.tool_calls else '') + '<|im_end|>"
+    )
+    codec = TemplateCodec(build_tokenizer(called), train_on_prompt=False)
+    row = {
+        "tools": [{"name": "clock", "description": "", "parameters": {}}],
+        "messages": [
+            HI,
+            {"role": "assistant", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]},
+        ],
+    }
+    (made,) = codec.encode([parse_messages(row)])
+    assert not isinstance(made, RowError)
+    assert codec.notes["tools_left_out"] == 1
 
 
 def _python_tokenizer(pieces: str) -> Any:  # noqa: ANN401

@@ -192,10 +192,36 @@ def test_rows_are_taken_from_the_cache_in_another_directory(
     assert ids[0] == ids[1]
 
 
+def test_a_stricter_cap_is_not_passed_by_rows_that_are_there_already(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    path = write(tmp_path / "data.jsonl", row("a", "b"), b"{")
+    run(path, model_dir, cache=tmp_path / "cache", rules=Rules(on_bad_line="skip"))
+    strict = Rules(on_bad_line="skip", max_bad_lines=BadLineCap.parse("0"))
+    with pytest.raises(DatasetError, match="1 of 2 lines are bad"):
+        run(path, model_dir, cache=tmp_path / "cache", rules=strict)
+
+
+def test_training_on_the_prompt_does_not_warn_of_answers_without_an_end(
+    tmp_path: Path, model_dir: Path
+) -> None:
+    path = write(tmp_path / "data.jsonl", row("a", "b"))
+    assert run(path, model_dir, rules=Rules(train_on_prompt=True)).warnings == ()
+
+
+def test_the_end_of_the_data_is_the_end_of_the_progress(tmp_path: Path, model_dir: Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n".join(row("a", str(i)) for i in range(999))))
+    seen: list[Any] = []
+    run(path, model_dir, watch=seen.append)
+    assert seen[-1].bytes_done == seen[-1].bytes_total
+    assert seen[-1].seconds_left == 0
+
+
 def test_processes_make_the_same_rows_in_the_same_order(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = [row(f"question {i}", "answer " * (i % 7)) for i in range(6000)]
+    lines = [row(f"question {i}", "answer " * (1 + i % 7)) for i in range(6000)]
     lines[3000:3000] = BAD
     path = write(tmp_path / "data.jsonl", *lines)
     assert len(list(read_blocks(path))) == 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from autotune.dataset.lines import Row, RowError
+from autotune.dataset.lines import Row, RowError, parse_value
 
 ROLES: Mapping[str, str] = {
     "system": "system",
@@ -18,9 +18,11 @@ ROLES: Mapping[str, str] = {
     "chatgpt": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
     "observation": "observation",
 }
 """The names that roles have in files, and what they are called here."""
@@ -110,14 +112,13 @@ def require_turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     Raises:
         RowError: there is nothing to train on.
     """
-    for turn in messages:
-        if turn.role == "assistant" and turn.content:
-            return messages
-    if all(turn.role != "assistant" for turn in messages):
+    answers = [turn for turn in messages if turn.role == "assistant"]
+    if not answers:
         msg = 'no message has the role "assistant", so there is nothing to train on'
         raise RowError(msg)
-    if all(not turn.content and not turn.extra for turn in messages):
-        msg = "every message is empty, so there is nothing to train on"
+    learned = [turn for turn in answers if turn.trained] or answers
+    if not any(turn.extra or turn.content.strip() for turn in learned):
+        msg = "every answer is empty, so there is nothing to train on"
         raise RowError(msg)
     return messages
 
@@ -159,7 +160,7 @@ def parse_role(turn: Row, key: str, where: str) -> str:
         RowError: it has none, or an unknown one.
     """
     name = turn.get(key)
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         found = f"the role {shown(name)}" if key in turn else f'no "{key}"'
         msg = f"{where} has {found}, and one of {', '.join(ROLES)} is needed"
@@ -242,14 +243,14 @@ def parse_json(value: object, where: str) -> object:
     """Return a value that may be written as JSON inside a string.
 
     Raises:
-        RowError: the string is not JSON.
+        RowError: the string is not JSON, or an object in it has a key twice.
     """
     if not isinstance(value, str):
         return value
     try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError as error:
-        msg = f"{where} is a string that is not valid JSON ({error.msg})"
+        return parse_value(value.encode())
+    except RowError as error:
+        msg = f"{where} is a string, in which JSON is needed: {error}"
         raise RowError(msg) from error
 
 

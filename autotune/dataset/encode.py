@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -12,7 +13,7 @@ from autotune.dataset.anchors import Anchors, find_anchors
 from autotune.dataset.conversation import Content, Conversation, Segments, Text, Tokens
 from autotune.dataset.lines import RowError
 from autotune.dataset.shapes import ShapeCache
-from autotune.dataset.template import ChatTemplate, Sample, Span
+from autotune.dataset.template import ChatTemplate, Sample, Span, thought_of
 from autotune.dataset.tokenizer import has_template, is_chatglm3, load_tokenizer
 from autotune.errors import InputMissingError
 
@@ -181,23 +182,39 @@ class TemplateCodec:
         samples = self._shapes.samples(template.fitted(conversation))
         if len(samples) > 1:
             self.notes["split"] += 1
+        if not template.marks_end and self._tokenizer.eos_token is not None:
+            samples = [self._ended(sample, conversation) for sample in samples]
         if not conversation.is_plain:
-            self._note_losses(conversation, samples)
+            self._note_losses(conversation, samples, template)
         return samples
 
-    def _note_losses(self, conversation: Conversation, samples: list[Sample]) -> None:
+    def _ended(self, sample: Sample, conversation: Conversation) -> Sample:
+        """Put the token that ends a text behind a last answer whose end the template leaves open.
+
+        Without it the model would not learn to stop.
+        """
+        last = conversation.messages[sample.turns - 1]
+        learned = last.trained or (self._train_on_prompt and not last.switched_off)
+        if last.role != "assistant" or not learned:
+            return sample
+        self.notes["ended"] += 1
+        text = sample.text + self._tokenizer.eos_token
+        trained = sample.trained
+        if trained:
+            trained = (*trained[:-1], (trained[-1][0], len(text)))
+        return replace(sample, text=text, trained=trained, pieces=None)
+
+    def _note_losses(
+        self, conversation: Conversation, samples: list[Sample], template: ChatTemplate
+    ) -> None:
+        text = samples[-1].text
         names = [_tool_name(tool) for tool in conversation.tools]
-        if any(name not in samples[-1].text for name in names if name):
+        beside = not any("tools" in turn.extra for turn in conversation.messages)
+        unwritten = beside and conversation.tools and not template.writes_tools
+        if unwritten or any(name not in text for name in names if name):
             self.notes["tools_left_out"] += 1
-        thoughts = [
-            thought
-            for turn in conversation.messages
-            if turn.extra and turn.trained
-            for thought in (turn.extra.get("reasoning_content", turn.extra.get("thinking")),)
-            if isinstance(thought, str)
-        ]
-        texts = [sample.text for sample in samples]
-        if any(not any(thought.strip() in text for text in texts) for thought in thoughts):
+        thoughts = [thought_of(turn).strip() for turn in conversation.messages if turn.trained]
+        if any(all(thought not in sample.text for sample in samples) for thought in thoughts):
             self.notes["thoughts_left_out"] += 1
 
     def _plain_pair(self, conversation: Conversation) -> TokenRow:

@@ -108,6 +108,8 @@ _NOTES = {
     "tools_left_out": "{} rows have tools that the chat template does not write",
     "thoughts_left_out": "{} rows have thoughts (reasoning_content) that the chat template does"
     " not write",
+    "ended": "{} texts end with the end-of-text token of the tokenizer, as the chat template does"
+    " not write where an answer ends",
     "without_template": "{} prompts and answers are joined as they are, as the tokenizer has no"
     " chat template",
 }

@@ -11,7 +11,7 @@ import re
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -34,6 +34,8 @@ _JSON_NAMES |= {float: "a number", type(None): "null"}
 
 # A whole string, or the quote of one whose end is not read yet, or what gives an array its form.
 _ARRAY_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+_MISLEADING = (b" :", b"\t:", b"\r:", b"\n:", b'\\\\":')
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
 class RowError(ValueError):
@@ -54,11 +56,15 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Lines that follow one another, each one byte apart from the next."""
+    """Lines that follow one another, each one byte apart from the next.
+
+    `read_bytes` is how much of the file, compressed or not, was read until its end.
+    """
 
     number: int
     offset: int
     texts: list[bytes]
+    read_bytes: int = 0
 
     def __iter__(self) -> Iterator[Line]:
         """Yield the lines that are not blank."""
@@ -82,7 +88,8 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
         packed = raw.peek(2)[:2] == _GZIP_MAGIC
         file = gzip.GzipFile(fileobj=raw) if packed else raw
         try:
-            yield from _blocks(file, path, block_bytes)  # type: ignore[arg-type] # GzipFile reads
+            for block in _blocks(file, path, block_bytes):  # type: ignore[arg-type] # GzipFile reads
+                yield replace(block, read_bytes=raw.tell())
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             msg = f"the compressed file {path} is damaged ({error}): copy or compress it again"
             raise DatasetError(msg) from error
@@ -97,10 +104,20 @@ def _blocks(file: BinaryIO, path: Path, block_bytes: int) -> Iterator[Block]:
         head += more
     offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
     head = head[offset:]
-    if head.lstrip(_WHITE).startswith(b"["):
+    if head.lstrip(_WHITE).startswith(b"[") and not _is_a_line(head):
         yield from _array_blocks(file, path, head, offset, block_bytes)
     else:
         yield from _line_blocks(file, path, head, offset, block_bytes)
+
+
+def _is_a_line(head: bytes) -> bool:
+    """Tell whether an array at the start is a line that others follow, and not the whole file."""
+    first, _, rest = head.lstrip(_WHITE).partition(b"\n")
+    try:
+        orjson.loads(first)
+    except orjson.JSONDecodeError:
+        return False
+    return bool(rest.strip(_WHITE))
 
 
 def _line_blocks(
@@ -219,33 +236,50 @@ def parse_row(text: bytes) -> Row:
     Raises:
         RowError: the text is something else, or an object of it has a key twice.
     """
-    try:
-        row = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise RowError(_why_unreadable(text, error)) from error
+    # Calls and tools have names; digits in what is said are not looked at.
+    row = _parse(text, exact=b'"name"' in text)
     if not isinstance(row, dict):
         msg = f"{_JSON_NAMES[type(row)]} was found, and a JSON object is needed"
         raise RowError(msg)
-    keys = _count_keys(row)
-    # Inside a string a quote has a backslash before it, so this counts the keys as they are written
-    # unless one has white space behind it or ends in a backslash; these are looked at closely.
-    if text.count(b'":') - text.count(b'\\":') != keys:
-        _refuse_repeated_keys(text)
     return row
 
 
-def _count_keys(row: Row) -> int:
+def parse_value(text: bytes) -> object:
+    """Read JSON of any kind.
+
+    Raises:
+        RowError: the text is something else, or an object of it has a key twice.
+    """
+    return _parse(text, exact=True)
+
+
+def _parse(text: bytes, *, exact: bool) -> object:
+    """Read JSON; unless `exact`, whole numbers beyond 64 bits are rounded."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise RowError(_why_unreadable(text, error)) from error
+    keys = _count_keys(value)
+    # Inside a string a quote has a backslash before it, so this counts the keys as they are written
+    # unless one has white space behind it or ends in a backslash; these are looked at closely.
+    told = text.count(b'":') - text.count(b'\\":') == keys
+    if not told or any(mark in text for mark in _MISLEADING):
+        return _read_closely(text)
+    return _read_closely(text) if exact and _LONG_NUMBER.search(text) else value
+
+
+def _count_keys(value: object) -> int:
     keys, depth = 0, 0
-    level: list[object] = [row]
+    level: list[object] = [value] if isinstance(value, (dict, list)) else []
     while level:
         depth += 1
         below: list[object] = []
-        for value in level:
-            if type(value) is dict:
-                keys += len(value)
-                inner: Iterable[object] = value.values()
+        for outer in level:
+            if type(outer) is dict:
+                keys += len(outer)
+                inner: Iterable[object] = outer.values()
             else:
-                inner = value  # type: ignore[assignment] # a list: nothing else is put there
+                inner = outer  # type: ignore[assignment] # a list: nothing else is put there
             below += [found for found in inner if type(found) is dict or type(found) is list]
         level = below
         if depth > _MAX_DEPTH:
@@ -254,16 +288,17 @@ def _count_keys(row: Row) -> int:
     return keys
 
 
-def _refuse_repeated_keys(text: bytes) -> None:
-    def check(pairs: list[tuple[str, object]]) -> None:
+def _read_closely(text: bytes) -> object:
+    def check(pairs: list[tuple[str, object]]) -> Row:
         seen = set()
         for key, _ in pairs:
             if key in seen:
                 msg = f"the key {orjson.dumps(key).decode()} is there twice in one object"
                 raise RowError(msg)
             seen.add(key)
+        return dict(pairs)
 
-    json.loads(text, object_pairs_hook=check)
+    return json.loads(text, object_pairs_hook=check)
 
 
 def _why_unreadable(text: bytes, error: orjson.JSONDecodeError) -> str:

@@ -162,7 +162,8 @@ class RowMaker:
         batch.full_lengths += lengths
         beyond = sum(length - limit for length in lengths if length > limit)
         if not beyond:
-            batch.append(sequences, self.codec.ends)
+            # With the prompt what follows the end of the last turn is trained on, too.
+            batch.append(sequences, None if self._recipe.train_on_prompt else self.codec.ends)
             return
         if self._recipe.overlong != "truncate":
             batch.counts["tokens_lost"] += sum(lengths)

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far tokenising has come; bytes of a compressed file are not known beforehand."""
+    """How far tokenising has come; of compressed files it is the compressed bytes that count."""
 
     rows: int
     bytes_done: int
@@ -131,8 +131,7 @@ def _name_of(sources: Sequence[Source]) -> str:
 
 def _content_key(sources: list[Source], model_dir: Path, limit: int, rules: Rules) -> str:
     files = [(content_hash(source.path), source.weight) for source in sources]
-    decides = replace(rules, max_bad_lines=Rules().max_bad_lines)
-    parts = (SCHEMA, limit, files, tokenizer_hash(model_dir), repr(decides))
+    parts = (SCHEMA, limit, files, tokenizer_hash(model_dir), repr(rules))
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -275,7 +274,7 @@ class _Clock:
 
     def blocks(self, path: Path) -> Iterator[Block]:
         for block in read_blocks(path):
-            self._done = self._before + block.offset
+            self._done = self._before + block.read_bytes
             yield block
         self._before += path.stat().st_size
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from autotune.errors import CannotWriteError, InputMissingError
 from autotune.workload import DatasetProfile
 
-SCHEMA = 2
+SCHEMA = 3
 
 _IDS, _TRAINED, _OFFSETS, _META = "input_ids.npy", "trained.npy", "offsets.npy", "meta.json"
 _INDEX, _PACKS = "index.npy", "packs.npy"

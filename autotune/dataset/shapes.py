@@ -26,6 +26,7 @@ _OPEN, _CLOSE = "\ue000", "\ue001"
 _BODY = "\"\\<&'>{Zz\n"
 _DIGITS = 4
 
+_Key = tuple[tuple[str, bool, bool], ...]
 _Steps = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
@@ -110,7 +111,7 @@ class ShapeCache:
     def __init__(self, template: ChatTemplate, *, whole: bool) -> None:
         self._template = template
         self._whole = whole
-        self._shapes: dict[tuple[tuple[str, bool], ...], _Shape | None] = {}
+        self._shapes: dict[_Key, _Shape | None] = {}
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """Return the texts of a fitted conversation.
@@ -130,7 +131,7 @@ class ShapeCache:
     def _shape_of(self, conversation: Conversation) -> _Shape | None:
         if not conversation.is_plain:
             return None
-        key = tuple([(turn.role, turn.trained) for turn in conversation.messages])
+        key = tuple([(t.role, t.trained, t.switched_off) for t in conversation.messages])
         if key not in self._shapes:
             if len(self._shapes) >= _MAX_SHAPES:
                 self._shapes.clear()
@@ -150,14 +151,12 @@ class ShapeCache:
         return same
 
 
-def _find_shape(
-    template: ChatTemplate, key: tuple[tuple[str, bool], ...], *, whole: bool
-) -> _Shape | None:
+def _find_shape(template: ChatTemplate, key: _Key, *, whole: bool) -> _Shape | None:
     if len(key) >= 10**_DIGITS:
         return None
     messages = tuple(
-        Message(role=role, content=_mark(turn, 0), trained=trained)
-        for turn, (role, trained) in enumerate(key)
+        Message(role=role, content=_mark(turn, 0), trained=trained, switched_off=off)
+        for turn, (role, trained, off) in enumerate(key)
     )
     conversation = Conversation(messages=messages)
     try:
@@ -255,8 +254,6 @@ class _Trace:
         self._steps: list[_Steps] = [()]
 
     def render(self, template: ChatTemplate, messages: Sequence[Message]) -> str:
-        from jinja2.exceptions import TemplateError
-
         # transformers' own compiled template: only it leaves out the copying of messages into
         # plain strings, which would hide what is asked of them.
         from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -273,7 +270,7 @@ class _Trace:
                 add_generation_prompt=False,
                 **template.variables,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # as in ChatTemplate.render
             raise _UntraceableError from error
         return text
 

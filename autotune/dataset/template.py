@@ -28,6 +28,11 @@ _Rendered = list[dict[str, Any]]
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _READS_TOOLS_OF_A_TURN = re.compile(r"\bm\w*(?:\.tools\b|\[['\"]tools['\"]\])|\bitem\[['\"]tools")
 _PROBE = "What is said."
+_PROBE_CALL = {"type": "function", "function": {"name": "probe_call", "arguments": {"a": 1}}}
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "probe_tool", "description": "", "parameters": {"type": "object"}},
+}
 
 
 @dataclass(slots=True)
@@ -70,8 +75,7 @@ class ChatTemplate:
     @cached_property
     def writes_calls(self) -> bool:
         """Whether the template writes the tool calls of an assistant."""
-        call = {"type": "function", "function": {"name": "probe_call", "arguments": {"a": 1}}}
-        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        turn = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
         try:
             return "probe_call" in self.render([{"role": "user", "content": "Hi"}, turn])
         except RowError:
@@ -87,14 +91,58 @@ class ChatTemplate:
             return True
 
     @cached_property
+    def writes_observations(self) -> bool:
+        """Whether the template writes what a tool gives."""
+        role = self._role_names.get("tool", "tool")
+        turns: _Rendered = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]},
+            {"role": role, "name": "probe_call", "content": _PROBE},
+            {"role": "assistant", "content": "Hello"},
+        ]
+        try:
+            return any(_PROBE in self.render(turns, tools) for tools in ((), (_PROBE_TOOL,)))
+        except RowError:
+            return True
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template writes the tools that stand beside a conversation."""
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        try:
+            return "probe_tool" in self.render(turns, [_PROBE_TOOL])
+        except RowError:
+            return True
+
+    @cached_property
+    def closing(self) -> str:
+        """What the template puts behind any last turn where no answer is asked for.
+
+        Phi-3's, for one, ends each text with the end-of-text token, and not the turns in it.
+        """
+        turns = [{"role": "user", "content": "Hi"}]
+        eos = self.variables.get("eos_token", "")
+        try:
+            closed, asking = self.render(turns), self.render(turns, add_generation_prompt=True)
+        except RowError:
+            return ""
+        closes = eos and closed.endswith(eos) and not asking.startswith(closed)
+        return eos if closes and asking.startswith(closed.removesuffix(eos)) else ""
+
+    @cached_property
     def _role_names(self) -> dict[str, str]:
         names = {}
         if "developer" not in self.source:
             names["developer"] = "system"
-        if "observation" in self.source and not re.search(r"['\"]tool['\"]", self.source):
-            names["tool"] = "observation"
-        elif "observation" not in self.source:
+        observes = "observation" in self.source
+        uses = re.search(r"['\"]tool['\"]", self.source) is not None
+        if not observes and not uses:
+            # It writes any role as it is, and the model has a token for the one that it knows.
+            observes = "<|observation|>" in self._tokenizer.get_added_vocab()
+        if not observes:
             names["observation"] = "tool"
+        elif not uses:
+            names["tool"] = "observation"
         return names
 
     def fitted(self, conversation: Conversation) -> Conversation:
@@ -145,16 +193,16 @@ class ChatTemplate:
     def samples(self, conversation: Conversation, *, whole: bool = False) -> list[Sample]:
         """Return the texts of a fitted conversation that together train each of its trained turns.
 
-        With `whole` it is the text of all turns alone.
+        With `whole` it is the text of all turns alone, with the turns that are switched off.
 
         Raises:
             RowError: the template refuses the conversation, or hides where its turns are.
         """
         turns = _Turns(self, conversation)
+        if whole:
+            return [turns.whole()]
         tagged = turns.by_tags()
-        if tagged is not None:
-            return [tagged]
-        return [turns.whole()] if whole else turns.by_renderings()
+        return turns.by_renderings() if tagged is None else [tagged]
 
     def render(
         self,
@@ -189,7 +237,6 @@ class ChatTemplate:
         tools: Sequence[object],
         **options: Any,  # noqa: ANN401
     ) -> tuple[str, list[list[Span]]]:
-        from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         source = self._source_for(tools)
@@ -204,15 +251,7 @@ class ChatTemplate:
                 **self.variables,
                 **options,
             )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            IndexError,
-            AttributeError,
-        ) as error:
-            # Whatever a template does to messages that it was not written for.
+        except Exception as error:  # a template may do anything to what it was not written for
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             msg = f"the tokenizer's chat template refuses the conversation ({reason})"
             raise RowError(msg) from error
@@ -242,13 +281,11 @@ class _Turns:
         self._tools = conversation.tools
         self._messages = [turn.to_json() for turn in conversation.messages]
         self._trained = [i for i, turn in enumerate(self._turns) if turn.trained]
-        self._off = [
-            i for i, turn in enumerate(self._turns) if turn.role == "assistant" and not turn.trained
-        ]
+        self._off = [i for i, turn in enumerate(self._turns) if turn.switched_off]
         self._until: dict[int, str] = {}
 
     def by_tags(self) -> Sample | None:
-        """Take the spans from the template's tags, or None if they do not show one a turn."""
+        """Take the spans from the template's tags, or None if they do not show all of each turn."""
         found = self._template.render_tagged(self._messages, self._tools)
         if found is None:
             return None
@@ -258,25 +295,19 @@ class _Turns:
             return None
         pairs = list(zip(spans, answers, strict=True))
         self._require_observations(text)
-        for (start, end), turn in pairs:
-            if turn.trained:
-                _require_content(text[start:end], turn)
-        return Sample(
-            text=text,
-            trained=tuple(span for span, turn in pairs if turn.trained),
-            off=tuple(span for span, turn in pairs if not turn.trained),
-            turns=len(self._turns),
-        )
+        if any(turn.trained and _is_cut(text[slice(*span)], turn) for span, turn in pairs):
+            return None
+        trained = tuple(span for span, turn in pairs if turn.trained)
+        return Sample(text=text, trained=trained, off=(), turns=len(self._turns))
 
     def whole(self) -> Sample:
-        """Find every turn in the rendering of all turns."""
+        """Find the turns that are switched off in the rendering of all turns."""
         text = self._rendered_until(len(self._turns) - 1)
         self._require_observations(text)
-        trained, off = (
-            tuple(self._require_span(text, index) for index in indices)
-            for indices in (self._trained, self._off)
-        )
-        return Sample(text=text, trained=trained, off=off, turns=len(self._turns))
+        for index in self._trained:
+            _require_content(text, self._turns[index])
+        off = tuple(self._require_span(text, index) for index in self._off)
+        return Sample(text=text, trained=(), off=off, turns=len(self._turns))
 
     def by_renderings(self) -> list[Sample]:
         """Find each trained turn in the whole text, or in a text that ends with the turn."""
@@ -301,31 +332,40 @@ class _Turns:
         if span is None:
             msg = (
                 f"the tokenizer's chat template renders the turns up to messages[{index}] otherwise"
-                " once more turns follow, so what to train on cannot be told: switch that turn off"
-                ' with "train": false, or use a template with {% generation %} tags'
+                " once more turns follow, so where that turn stands cannot be told: use a template"
+                " that keeps the turns as they are, or leave the row out"
             )
             raise RowError(msg)
         return span
 
     def _span(self, text: str, index: int) -> Span | None:
         """Return the characters of `text` that the model writes in a turn, if it is there so."""
-        until = self._rendered_until(index)
-        if not text.startswith(until):
+        until = self._shown_until(text, index)
+        if until is None:
             return None
-        before = self._rendered_until(index - 1) if index else ""
+        before = self._shown_until(text, index - 1) if index else ""
+        if self._turns[index].role != "assistant":
+            return None if before is None else (len(before), len(until))
         prompt = self._prompt(index) if index else ""
         if index and until.startswith(prompt):
             start = len(prompt)
-        elif not until.startswith(before):
+        elif before is None or not until.startswith(before):
             return None
         elif index:
             start = len(before) + _length_in_common(prompt[len(before) :], until[len(before) :])
         else:
             start = self._start_of_first(until)
         turn = self._turns[index]
-        _require_content(until[min(start, len(before)) :], turn)
+        _require_content(until[min(start, len(before or "")) :], turn)
         # White space behind an end-of-turn mark is left out: the model stops at the mark.
         return start, max(start, len(until.rstrip())) if self._template.marks_end else len(until)
+
+    def _shown_until(self, text: str, index: int) -> str | None:
+        """Return the rendering up to a turn if `text` begins with it, without what closes it."""
+        until = self._rendered_until(index)
+        if not text.startswith(until):
+            until = until.removesuffix(self._template.closing)
+        return until if text.startswith(until) else None
 
     def _rendered_until(self, index: int) -> str:
         if index not in self._until:
@@ -350,7 +390,7 @@ class _Turns:
         return until.index(header) + len(header)
 
     def _require_observations(self, text: str, upto: int | None = None) -> None:
-        seen = None
+        seen = None if self._template.writes_observations else ""
         for index, turn in enumerate(self._turns[: None if upto is None else upto + 1]):
             if turn.role in ("tool", "observation") and turn.content:
                 seen = _dense(text) if seen is None else seen
@@ -364,17 +404,33 @@ class _Turns:
 
 def _require_content(rendered: str, turn: Message) -> None:
     """Refuse a turn that the template does not write, for nothing of it would be learned."""
+    what = _left_out(rendered, turn)
+    if what is not None:
+        msg = (
+            f"the tokenizer's chat template leaves out {what} of an assistant turn that is to be"
+            ' trained on: use another template, or switch the turn off with "train": false'
+        )
+        raise RowError(msg)
+
+
+def _left_out(rendered: str, turn: Message) -> str | None:
+    """Name what of a turn is not in the text that a template has rendered of it."""
     dense = _dense(rendered)
+    if _dense(turn.content) not in dense:
+        return "the text"
     calls = turn.extra.get("tool_calls")
     names = [call["function"]["name"] for call in calls] if isinstance(calls, list) else []
-    if _dense(turn.content) in dense and all(_dense(name) in dense for name in names):
-        return
-    what = "the text" if _dense(turn.content) not in dense else "the tool calls"
-    msg = (
-        f"the tokenizer's chat template leaves out {what} of an assistant turn that is to be"
-        ' trained on: use another template, or switch the turn off with "train": false'
-    )
-    raise RowError(msg)
+    return None if all(_dense(name) in dense for name in names) else "the tool calls"
+
+
+def _is_cut(rendered: str, turn: Message) -> bool:
+    return _left_out(rendered, turn) is not None or thought_of(turn).strip() not in rendered
+
+
+def thought_of(turn: Message) -> str:
+    """Return what a model thinks before it says what the turn says, if that is a key of its own."""
+    thought = turn.extra.get("reasoning_content", turn.extra.get("thinking"))
+    return thought if isinstance(thought, str) else ""
 
 
 def _dense(text: str) -> str:

@@ -8,8 +8,9 @@ from autotune.dataset.conventions import pairs, raw, turns
 from autotune.dataset.conversation import Content, shown, shown_keys
 from autotune.dataset.lines import Row, RowError
 
-_TURNS = frozenset({*turns.TURN_KEYS, "tools", "functions"})
-_PAIR = frozenset({"history", "tools", *pairs.SYSTEMS})
+_BESIDE = frozenset({*turns.SYSTEMS, "tools", "functions"})
+_TURNS = _BESIDE | {*turns.TURN_KEYS}
+_PAIR = _BESIDE | {"history"}
 
 
 class SampleError(RowError):
@@ -46,13 +47,13 @@ _TABLE = (
     Convention(
         name="sharegpt",
         parse=turns.parse_sharegpt,
-        reads=_TURNS | {"system"},
+        reads=_TURNS,
         example='{"conversations": [{"from": ..., "value": ...}]}',
     ),
     Convention(
         name="sharegpt-pairs",
         parse=turns.parse_sharegpt_pairs,
-        reads=_TURNS | {"system"},
+        reads=_TURNS,
         example='{"conversation": [{"human": ..., "assistant": ...}]}',
     ),
     Convention(
@@ -76,7 +77,7 @@ _TABLE = (
     Convention(
         name="prompt-completion",
         parse=pairs.parse_prompt_completion,
-        reads=_PAIR | {"prompt", "completion", "functions"},
+        reads=_PAIR | {"prompt", "completion"},
         example='{"prompt": ..., "completion": ...}',
     ),
     Convention(

@@ -1,12 +1,18 @@
 """Conventions that name a prompt and its answer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from autotune.dataset.conventions.turns import exchange, parse_messages
+from autotune.dataset.conventions.turns import (
+    SYSTEMS,
+    exchange,
+    parse_messages,
+    parse_row_tools,
+    with_system,
+)
 from autotune.dataset.conversation import (
     Conversation,
     Message,
-    parse_tools,
     require_text,
     require_turns,
     shown,
@@ -27,7 +33,6 @@ ANSWERS = (
     "text",
     "content",
 )
-SYSTEMS = ("system", "system_prompt")
 
 _ALPACA = frozenset({"instruction", "output"})
 _EXACT = {
@@ -99,12 +104,10 @@ def parse_prompt_completion(row: Row) -> Conversation:
         return _pair(row, ("prompt",), "completion")
     before = _turns(prompt, "prompt", "user")
     after = _turns(completion, "completion", "assistant")
-    tools: Row = {key: row[key] for key in ("tools", "functions") if key in row}
-    parsed = parse_messages({"messages": [*before, *after], **tools})
-    turns = [
-        turn if place >= len(before) else _untrained(turn)
-        for place, turn in enumerate(parsed.messages)
-    ]
+    beside: Row = {key: row[key] for key in (*SYSTEMS, "tools", "functions") if key in row}
+    parsed = parse_messages({"messages": [*before, *after], **beside})
+    asked, said = parsed.messages[: -len(after)], parsed.messages[-len(after) :]
+    turns = [*(replace(turn, trained=False) for turn in asked), *said]
     return Conversation(messages=require_turns(tuple(turns)), tools=parsed.tools)
 
 
@@ -150,24 +153,14 @@ def _pair(
 
     asked = [text(prompts[0])]
     asked += [text(key) for key in prompts[1:] if row.get(key)]
-    messages = [
-        *_system(row),
-        *_history(row),
-        *exchange("\n".join(filter(None, asked)), text(answer)),
-    ]
-    tools = parse_tools(row.get("tools"), '"tools"')
+    pair = exchange("\n".join(filter(None, asked)), text(answer))
+    messages = with_system(row, [*_history(row), *pair])
+    tools = parse_row_tools(row)
     return Conversation(
-        messages=require_turns(tuple(messages)),
+        messages=require_turns(messages),
         tools=tools,
-        is_pair=len(messages) == len(("user", "assistant")) and not tools,
+        is_pair=len(messages) == len(pair) and not tools,
     )
-
-
-def _system(row: Row) -> list[Message]:
-    key = next((key for key in SYSTEMS if row.get(key)), None)
-    if key is None:
-        return []
-    return [Message(role="system", content=require_text(row, key), trained=False)]
 
 
 def _history(row: Row) -> list[Message]:
@@ -191,7 +184,3 @@ def _turns(value: object, key: str, role: str) -> list[object]:
         return value
     msg = f'"{key}" is {shown(value)}, and a string or a list of messages is needed'
     raise RowError(msg)
-
-
-def _untrained(turn: Message) -> Message:
-    return Message(role=turn.role, content=turn.content, trained=False, extra=turn.extra)

@@ -1,5 +1,7 @@
 """Conventions that need no chat template: plain text, segments, and rows tokenised before."""
 
+from collections.abc import Sequence
+
 from autotune.dataset.conversation import (
     Segments,
     Text,
@@ -12,7 +14,7 @@ from autotune.dataset.lines import Row, RowError
 
 _IGNORED_LABEL = -100
 _MAX_TOKEN_ID = 2**31 - 1
-_MASKS = ("labels", "assistant_masks", "completion_mask")
+_MASKS = ("assistant_masks", "completion_mask")
 
 
 def parse_text(row: Row) -> Text:
@@ -47,8 +49,8 @@ def parse_segments(row: Row) -> Segments:
 def parse_tokens(row: Row) -> Tokens:
     """Read `{"input_ids": [...], "labels": [...]}`: a label of -100 is not trained on.
 
-    In place of labels `assistant_masks` or `completion_mask` may say what is trained on; with none
-    of them all is. Padding, where `attention_mask` is 0, is cut off.
+    `assistant_masks` and `completion_mask` may say it, too: what one of the three leaves out is
+    not trained on, and with none of them all is. Padding, where `attention_mask` is 0, is cut off.
 
     Raises:
         RowError: the lists are no integers, or not of one length.
@@ -58,24 +60,36 @@ def parse_tokens(row: Row) -> Tokens:
         msg = '"input_ids" has a number that is no token id'
         raise RowError(msg)
     trained = _trained(row, ids)
-    attended = _integers(row, "attention_mask") if "attention_mask" in row else [1] * len(ids)
-    _require_length(attended, ids, "attention_mask")
+    attended = _flags(row, "attention_mask", ids)
     kept = [place for place, seen in enumerate(attended) if seen]
     return Tokens(tuple(ids[place] for place in kept), tuple(trained[place] for place in kept))
 
 
 def _trained(row: Row, ids: list[int]) -> list[bool]:
-    key = next((key for key in _MASKS if key in row), None)
-    if key is None:
+    masks = [_flags(row, key, ids) for key in _MASKS]
+    return [all(marks) for marks in zip(_labelled(row, ids), *masks, strict=True)]
+
+
+def _labelled(row: Row, ids: list[int]) -> list[bool]:
+    if "labels" not in row:
         return [True] * len(ids)
-    values = _integers(row, key)
-    _require_length(values, ids, key)
-    if key != "labels":
-        return [bool(value) for value in values]
-    if any(label not in (_IGNORED_LABEL, token) for label, token in zip(values, ids, strict=True)):
+    labels = _integers(row, "labels")
+    _require_length(labels, ids, "labels")
+    if any(label not in (_IGNORED_LABEL, token) for label, token in zip(labels, ids, strict=True)):
         msg = '"labels" that are not -100 differ from "input_ids": shifted ones cannot be used'
         raise RowError(msg)
-    return [label != _IGNORED_LABEL for label in values]
+    return [label != _IGNORED_LABEL for label in labels]
+
+
+def _flags(row: Row, key: str, ids: list[int]) -> list[bool]:
+    if key not in row:
+        return [True] * len(ids)
+    marks = require_list(row, key)
+    if not all(type(mark) in (int, bool) and mark in (0, 1) for mark in marks):
+        msg = f'"{key}" is no list of 0 and 1'
+        raise RowError(msg)
+    _require_length(marks, ids, key)
+    return [bool(mark) for mark in marks]
 
 
 def _integers(row: Row, key: str) -> list[int]:
@@ -86,7 +100,7 @@ def _integers(row: Row, key: str) -> list[int]:
     return values  # type: ignore[return-value] # checked just now
 
 
-def _require_length(values: list[int], ids: list[int], key: str) -> None:
+def _require_length(values: Sequence[object], ids: list[int], key: str) -> None:
     if len(values) != len(ids):
         msg = f'"{key}" has {len(values)} entries and "input_ids" has {len(ids)}'
         raise RowError(msg)

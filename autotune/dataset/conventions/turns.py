@@ -1,6 +1,6 @@
 """Conventions that list the turns of a conversation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from autotune.dataset.conversation import (
     ROLES,
@@ -20,7 +20,8 @@ from autotune.dataset.conversation import (
 from autotune.dataset.lines import Row, RowError
 
 TURN_KEYS = ("messages", "conversations", "conversation")
-_CALL_TURNS = ("function_call",)
+SYSTEMS = ("system", "system_prompt")
+_CALL_TURNS = ("function_call", "tool_call")
 
 
 def parse_messages(row: Row) -> Conversation:
@@ -32,8 +33,8 @@ def parse_messages(row: Row) -> Conversation:
         RowError: the row breaks the form.
     """
     key = _turns_key(row)
-    messages = _messages(require_list(row, key), key)
-    return Conversation(messages=require_turns(messages), tools=_tools(row))
+    messages = with_system(row, _messages(require_list(row, key), key))
+    return Conversation(messages=require_turns(messages), tools=parse_row_tools(row))
 
 
 def parse_sharegpt(row: Row) -> Conversation:
@@ -44,8 +45,8 @@ def parse_sharegpt(row: Row) -> Conversation:
     """
     key = _turns_key(row)
     messages = _messages(require_list(row, key), key, role_key="from", content_key="value")
-    system = _system(row)
-    return Conversation(messages=require_turns((*system, *messages)), tools=_tools(row))
+    messages = with_system(row, messages)
+    return Conversation(messages=require_turns(messages), tools=parse_row_tools(row))
 
 
 def parse_sharegpt_pairs(row: Row) -> Conversation:
@@ -55,14 +56,15 @@ def parse_sharegpt_pairs(row: Row) -> Conversation:
         RowError: the row breaks the form.
     """
     key = _turns_key(row)
-    messages: list[Message] = [*_system(row)]
+    messages: list[Message] = []
     for place, pair in enumerate(require_list(row, key)):
         where = f"{key}[{place}]"
         record = _require_object(pair, where, '"human" and "assistant"')
         off = is_switched_off(record, "assistant", where)
         question = require_text(record, "human", where)
         messages += exchange(question, require_text(record, "assistant", where), off=off)
-    return Conversation(messages=require_turns(tuple(messages)), tools=_tools(row))
+    turns = require_turns(with_system(row, messages))
+    return Conversation(messages=turns, tools=parse_row_tools(row))
 
 
 def parse_chatglm3(row: Row) -> Conversation:
@@ -83,8 +85,9 @@ def parse_chatglm3(row: Row) -> Conversation:
             messages += _call_and_observation(record, where)
         else:
             messages.append(_message(record, where, "role", "content", lenient=True))
-    tools = parse_tools(row.get("tools"), '"tools"', wrap=False)
-    return Conversation(messages=require_turns(tuple(messages)), tools=tools)
+    return Conversation(
+        messages=require_turns(with_system(row, messages)), tools=_free_tools(row.get("tools"))
+    )
 
 
 def parse_glm4(row: Row) -> Conversation:
@@ -94,10 +97,10 @@ def parse_glm4(row: Row) -> Conversation:
         RowError: the row breaks the form.
     """
     key = _turns_key(row)
-    messages = _messages(require_list(row, key), key)
+    messages = with_system(row, _messages(require_list(row, key), key))
     inside = (message.extra.get("tools") for message in messages)
     tools = next((parse_tools(found, f"{key}: tools") for found in inside if found), ())
-    return Conversation(messages=require_turns(messages), tools=tools or _tools(row))
+    return Conversation(messages=require_turns(messages), tools=tools or parse_row_tools(row))
 
 
 def parse_renamed(row: Row, key: str, role_key: str, content_key: str) -> Conversation:
@@ -107,7 +110,8 @@ def parse_renamed(row: Row, key: str, role_key: str, content_key: str) -> Conver
         RowError: the row breaks the form.
     """
     messages = _messages(require_list(row, key), key, role_key=role_key, content_key=content_key)
-    return Conversation(messages=require_turns((*_system(row), *messages)), tools=_tools(row))
+    messages = with_system(row, messages)
+    return Conversation(messages=require_turns(messages), tools=parse_row_tools(row))
 
 
 def exchange(question: str, answer: str, *, off: bool = False) -> list[Message]:
@@ -149,15 +153,35 @@ def _turns_key(row: Row) -> str:
     return next((key for key in TURN_KEYS if key in row), "messages")
 
 
-def _tools(row: Row) -> tuple[object, ...]:
+def parse_row_tools(row: Row) -> tuple[object, ...]:
+    """Return the tools of a row.
+
+    Raises:
+        RowError: they are no definitions.
+    """
     key = "tools" if row.get("tools") else "functions"
     return parse_tools(row.get(key), f'"{key}"')
 
 
-def _system(row: Row) -> tuple[Message, ...]:
-    if not row.get("system"):
-        return ()
-    return (Message(role="system", content=require_text(row, "system"), trained=False),)
+def _free_tools(value: object) -> tuple[object, ...]:
+    """Return ChatGLM3's tools, whose form is free within a list."""
+    if isinstance(value, list):
+        return tuple(value)
+    return parse_tools(value, '"tools"', wrap=False)
+
+
+def with_system(row: Row, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return messages behind the system message that the row has beside them, if any.
+
+    Raises:
+        RowError: it is no text.
+    """
+    key = next((key for key in SYSTEMS if row.get(key)), None)
+    if key is None:
+        return tuple(messages)
+    system = Message(role="system", content=require_text(row, key), trained=False)
+    said = any((turn.role, turn.content) == (system.role, system.content) for turn in messages[:1])
+    return tuple(messages) if said else (system, *messages)
 
 
 def _messages(
@@ -191,7 +215,7 @@ def _message(
     role = parse_role(turn, role_key, where)
     off = is_switched_off(turn, role, where, lenient=lenient)
     extra = extra_of(turn, role_key, content_key)
-    if turn[role_key] in _CALL_TURNS:
+    if str(turn[role_key]).lower() in _CALL_TURNS:
         calls = parse_tool_calls(turn.get(content_key), f"{where}.{content_key}")
         content, extra = "", {**extra, "tool_calls": calls}
     else:
