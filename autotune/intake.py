@@ -233,7 +233,7 @@ def look_into(
     """
     model = _look_at_model(question, attention, checkpointing, logs)
     data = _look_at_data(question, model, dataset_dir, imagined)
-    return _workload(question, model, data)
+    return _workload(question, model, data, logs)
 
 
 def compare(
@@ -263,7 +263,7 @@ def compare(
             models[traced] = _look_at_model(one, "auto", CHECKPOINTING_MODES, logs)
         data = data or _look_at_data(one, models[traced], dataset_dir, imagined)
         try:
-            found.append(_workload(one, models[traced], data))
+            found.append(_workload(one, models[traced], data, logs))
         except UsageError as refusal:
             found.append(refusal)
     return found
@@ -350,11 +350,10 @@ def _look_at_data(
     return _Data(profile=dataset, lengths=lengths, rows=len(lengths))
 
 
-def _workload(question: Question, model: _Model, data: _Data) -> Workload:
+def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Workload:
     cluster, named = question.cluster, question.named
     job, profile = model.job, model.profile
     rates = _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
-
     drawn = DrawnRows.draw(data.lengths, job.seed, _rebalanced(question, job, data.lengths, logs))
     space = enumerate_space(
         cluster,
