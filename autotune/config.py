@@ -10,6 +10,7 @@ import yaml
 
 from autotune.errors import ConfigError
 from autotune.knobs import KNOBS, read_pins
+from autotune.optimizer import ADAFACTOR, OPTIMIZERS, read_optimizer
 from autotune.units import parse_bytes, parse_duration
 from autotune.workload import ALL_LINEAR
 
@@ -41,6 +42,10 @@ SAMPLERS = ("prior", "tpe", "gp", "random")
 AUTO = "auto"
 
 _LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
+_RELATIVE_RATES = {"full": 1e-3, "lora": 1e-2}
+"""Of Adafactor, whose rate is a share of a weight's size: that of T5's fine-tuning
+(arXiv:1910.10683, section 3.1.2), and torch's own default."""
+
 _OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge")
 
 _TUNED = "it is part of the setting that is tuned"
@@ -65,7 +70,7 @@ _OWN_ARGUMENTS = {
     "seed": "use --seed",
     "data_seed": "use --seed",
     "use_cpu": "use --devices",
-    "optim": "the emitted DeepSpeed config names the optimizer",
+    "optim": "use --optimizer",
     "adam_beta1": "the emitted DeepSpeed config names the optimizer",
     "adam_beta2": "the emitted DeepSpeed config names the optimizer",
     "adam_epsilon": "the emitted DeepSpeed config names the optimizer",
@@ -393,11 +398,18 @@ OPTIONS: tuple[Option, ...] = (
         help="Optimizer steps, in place of --epochs.",
     ),
     Option(
+        name="optimizer",
+        parse=read_optimizer,
+        default=OPTIMIZERS[0],
+        metavar="|".join(OPTIMIZERS),
+        help="What updates the weights; transformers' names of them are taken too.",
+    ),
+    Option(
         name="learning_rate",
         parse=_above_zero,
         default=None,
         metavar="X",
-        help="Peak learning rate of AdamW [2e-5; 2e-4 with lora].",
+        help="Peak learning rate [2e-5; 2e-4 with lora; with adafactor 1e-3 and 1e-2].",
     ),
     Option(
         name="lr_scheduler",
@@ -418,7 +430,7 @@ OPTIONS: tuple[Option, ...] = (
         parse=_not_negative,
         default=0.0,
         metavar="X",
-        help="Weight decay of AdamW.",
+        help="Weight decay of the optimizer.",
     ),
     Option(
         name="max_grad_norm",
@@ -617,8 +629,9 @@ def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:
             "leave it out, or choose method lora"
         )
         raise ConfigError(msg)
+    rates = _RELATIVE_RATES if values["optimizer"] == ADAFACTOR else _LEARNING_RATES
     followed = {
-        "learning_rate": _LEARNING_RATES[method],
+        "learning_rate": rates[method],
         "lora_alpha": 2 * values["lora_rank"],
         "lora_targets": [ALL_LINEAR],
     }

@@ -33,6 +33,7 @@ from autotune.hardware import Bench, Cluster, DeviceKind, Rates
 from autotune.knobs import NO_PINS, Pins
 from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
+from autotune.optimizer import ADAFACTOR, ADAMW_8BIT, Limit, limits_of
 from autotune.partial_checkpointing import with_partial_checkpointing
 from autotune.plan import Plan, make_plan
 from autotune.profile.request import TraceRequest
@@ -129,15 +130,17 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
     """
     source = find_model(options["model"])
     options, pins, kept, notes = _with_user_config(options)
-    if options["method"] == "full":
-        # What a model recommends is for training all of it.
+    if options["method"] == "full" and options["optimizer"] != ADAFACTOR:
+        # What a model recommends is for training all of it, and its rate for AdamW.
         options = options.recommended(source.recommended, source.name)
     dataset = tuple(Source.parse(text) for text in options["dataset"] or ())
     if named is None:
         cluster = detect(options["devices"], options["device_memory"])
     else:
         cluster = named_cluster(named.gpus, named.nodes, options["device_memory"])
-    # Only asked for its refusal, before minutes are spent on model and data.
+    # Only asked for their refusal, before minutes are spent on model and data.
+    if named is None:
+        require_installed(options)
     micro_batch_sizes(options["global_batch_size"], cluster.num_devices)
     facts = {
         "model": source.content_hash(),
@@ -162,6 +165,34 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         deepspeed=kept,
         notes=notes,
     )
+
+
+def require_installed(options: Options) -> None:
+    """Refuse what needs a library that is not installed.
+
+    Raises:
+        ConfigError: it is missing; the text says what needs it and how it is installed.
+    """
+    needs = f"--optimizer {ADAMW_8BIT}" if options["optimizer"] == ADAMW_8BIT else None
+    if needs and importlib.util.find_spec("bitsandbytes") is None:
+        msg = (
+            f"{needs} needs the package bitsandbytes, which is not installed: "
+            "pip install 'autotune-launcher[bitsandbytes]'"
+        )
+        raise ConfigError(msg)
+
+
+def require_working(question: Question, log: Path) -> None:
+    """Refuse an optimizer that does not work on the devices, before anything is spent.
+
+    Raises:
+        ConfigError: the text has what the library says.
+    """
+    from autotune.profile.child import check_optimizer
+
+    optimizer = question.options["optimizer"]
+    if optimizer == ADAMW_8BIT:
+        check_optimizer(optimizer, question.cluster.kind, log)
 
 
 def _with_user_config(options: Options) -> tuple[Options, Pins, dict[str, Any], tuple[str, ...]]:
@@ -357,6 +388,7 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
         attentions=profile.attentions,
         checkpointing_modes=tuple(mode for mode, _ in profile.traces),
         pins=question.pins,
+        limits=limits(job, profile, question),
     )
 
     def estimate(space: Space) -> Plan:
@@ -376,6 +408,11 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
         rows=data.rows,
         plan=plan,
     )
+
+
+def limits(job: Job, profile: ModelProfile, question: Question) -> dict[str, Limit]:
+    """Return what DeepSpeed cannot do together with what is asked for, by knob."""
+    return limits_of(job.optimizer, profile.trainable_parameters, question.cluster.num_devices)
 
 
 def describe_dataset(profile: DatasetProfile) -> str:
@@ -480,6 +517,7 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
             for name in (
                 "trust_remote_code",
                 "method",
+                "optimizer",
                 "merge",
                 "learning_rate",
                 "global_batch_size",

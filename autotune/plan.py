@@ -309,7 +309,7 @@ def _added(space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rate
             predicted_communication_s(profile, structure.zero_stage, space.ranks, rates, size),
             predicted_more_collectives_s(profile, structure, space.ranks, rates),
             predicted_offload_s(profile, structure, cluster, rates, size),
-            (0.0, predicted_update_s(profile, structure, cluster, rates)),
+            (0.0, predicted_update_s(profile, structure, cluster, rates, job.optimizer)),
         )
         for structure in space.structures
     ]

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
+from autotune.optimizer import Optimizer
 from autotune.setting import DEFAULT_PERSISTENCE_THRESHOLD, Structure
 from autotune.workload import ModelProfile, Polynomial
 
@@ -313,17 +314,29 @@ def predicted_more_collectives_s(
             return reduce + 2 * float(parted) * rates.operator_overhead_s, 0.0
 
 
-def predicted_update_s(
-    profile: ModelProfile, structure: Structure, cluster: Cluster, rates: Rates
-) -> float:
-    """Return the seconds of the optimizer update: it reads and writes its states once.
+_BYTES_OF_AN_UPDATE: dict[Optimizer, int] = {"adamw": 28, "adamw-8bit": 16, "adafactor": 68}
+"""AdamW reads weight, gradient and two moments in fp32 and writes all but the gradient, once; the
+moments may have 8 bits. Adafactor is a row of operators (torch/optim/_adafactor.py), each of which
+reads and writes what it works on: the weight for its norm and the update, the gradient for rows,
+columns and the update, and seven times the estimate that becomes the update."""
 
-    AdamW touches weight, gradient and two moments in fp32 (4 x 4 bytes read, 3 x 4 written), an
-    offloaded one in host memory.
-    """
+
+def predicted_update_s(
+    profile: ModelProfile,
+    structure: Structure,
+    cluster: Cluster,
+    rates: Rates,
+    optimizer: Optimizer = "adamw",
+) -> float:
+    """Return the seconds of the optimizer update, by the bytes that it touches for a parameter."""
     offloaded = structure.offload_optimizer != "none"
     rate = rates.host_memory_bytes_per_s if offloaded else rates.memory_bytes_per_s
-    return 28 * _share(structure, cluster) * profile.trainable_parameters / rate
+    return (
+        _BYTES_OF_AN_UPDATE[optimizer]
+        * _share(structure, cluster)
+        * profile.trainable_parameters
+        / rate
+    )
 
 
 def predicted_offload_s(

@@ -41,7 +41,9 @@ _KNOBS = {
 _PLACES = frozenset({"zero_stage", "offload_optimizer", "offload_param"})
 """Knobs that a file means for the training as a whole; others only where a stage has them."""
 
-_ADAM = frozenset({"adam", "adamw"})
+_OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "adafactor": "adafactor"}
+"""Types that DeepSpeed's config can name, and what they are called here."""
+
 _HOW_ADAM_RUNS = ("torch_adam", "fused", "adam_w_mode")
 _SECTIONS = (_ZERO, "optimizer", "bf16", "fp16", "scheduler")
 _DEPRECATED = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
@@ -167,9 +169,15 @@ class _Reader:
     def read_optimizer(self) -> None:
         kind = self._take(("optimizer", "type"))
         params = self.kept.get("optimizer", {}).get("params", {})
-        if _is_said(kind) and str(kind).lower() not in _ADAM:
-            self._note(f"optimizer {kind} gives way to AdamW, which is what is trained with")
-            self.kept.pop("optimizer")
+        meant = _OPTIMIZERS.get(str(kind).lower())
+        if _is_said(kind) and meant is not None:
+            self._say(("optimizer", "type"), "optimizer", meant)
+        trained_with = self.taken.get("optimizer", self._options["optimizer"])
+        if _is_said(kind) and meant is None:
+            self._note(f"optimizer {kind} gives way to {trained_with}, which is trained with")
+        if (_is_said(kind) and meant is None) or trained_with != "adamw":
+            # What else it says is of another optimizer.
+            self.kept.pop("optimizer", None)
         elif params.get("adam_w_mode") is False:
             self._note("adam_w_mode false gives way to AdamW, which is what is trained with")
         for name in _HOW_ADAM_RUNS:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from autotune.optimizer import Optimizer
 from autotune.setting import BY_MODEL
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -63,6 +64,7 @@ class Job:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    optimizer: Optimizer = "adamw"
     lora: Lora | None = None
     merge: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -191,6 +193,7 @@ class ModelProfile:
     Attributes:
         trained_sizes: elements of each parameter that is trained, in the order of the model.
         frozen_sizes: the same of the others.
+        factored_elements: what Adafactor keeps of the trained ones: of a matrix a row and a column.
         attention: of `traces`.
         other_attentions: further attention implementations, each with traces of its own.
     """
@@ -210,6 +213,7 @@ class ModelProfile:
     precision: Precision
     traces: tuple[tuple[str, Trace], ...]
     other_attentions: tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...] = ()
+    factored_elements: int = 0
 
     @property
     def attentions(self) -> tuple[str, ...]:

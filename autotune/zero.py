@@ -11,10 +11,18 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from autotune.optimizer import Optimizer
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 FP32 = 4
+
+_BLOCK = 256
+_LEAST_8BIT_ELEMENTS = 4096
+_CODE_BYTES = 256 * FP32
+"""Of bitsandbytes' 8-bit optimizers (optim/optimizer.py): a moment has a scale in fp32 for each
+block; what is shorter stays in fp32; each moment has a table of what its codes mean."""
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Of the emitted config, and its max_reuse_distance too."""
@@ -34,6 +42,7 @@ class Shards:
     Attributes:
         trained: elements of each trained parameter, in the order of the model.
         frozen: the same of the others.
+        factored: elements of what Adafactor keeps of the trained ones.
         bucket: what gradients are reduced in (reduce_bucket_size).
         persistence: up to how many stage 3 leaves a parameter whole
             (stage3_param_persistence_threshold).
@@ -44,6 +53,7 @@ class Shards:
     ranks: int
     bucket: int
     persistence: int
+    factored: int = 0
 
     @cached_property
     def elements(self) -> int:
@@ -138,6 +148,7 @@ class Engine:
         gloo: whether collectives are gloo's, as they are on a CPU.
         offloads: whether the optimizer is in host memory, as gradients are then once reduced.
         overlaps: whether gradients are reduced beside the backward pass (overlap_comm).
+        optimizer: what updates the weights.
     """
 
     shards: Shards
@@ -147,6 +158,7 @@ class Engine:
     gloo: bool
     offloads: bool = False
     overlaps: bool = False
+    optimizer: Optimizer = "adamw"
 
     @property
     def kind(self) -> tuple[int, bool, bool, bool]:
@@ -179,13 +191,31 @@ def flattened(engine: Engine) -> float:
 
 
 def optimizer(engine: Engine) -> float:
-    """Return two fp32 moments, and a flat fp32 copy of the weights.
+    """Return what the optimizer remembers, and a flat fp32 copy of the weights.
 
     In mixed precision the copy is always there (ZeRO section 3.1: 12 Psi), in fp32 from stage 1 on,
     as DeepSpeed's sharded optimizers keep their own partition whatever the type.
     """
     keeps_copy = engine.zero_stage >= 1 or engine.compute_bytes < FP32
-    return float((3 if keeps_copy else 2) * FP32 * engine.share)
+    return float(FP32 * keeps_copy * engine.share + moments(engine))
+
+
+def moments(engine: Engine) -> float:
+    """Return the moments: of AdamW two in fp32, or in 8 bits with a scale for each block.
+
+    Adafactor has the second one, factored, and needs parameters in their shapes: those of stage 0.
+    """
+    match engine.optimizer:
+        case "adamw":
+            return float(2 * FP32 * engine.share)
+        case "adafactor":
+            return float(FP32 * engine.shards.factored)
+        case "adamw-8bit":
+            flats = engine.shards.trained if engine.zero_stage == 0 else np.array([engine.share])
+            in_8_bits = flats >= _LEAST_8BIT_ELEMENTS
+            short = 2 * FP32 * flats * ~in_8_bits
+            quantised = 2 * (flats + FP32 * -(-flats // _BLOCK)) * in_8_bits
+            return float(np.sum(short + quantised) + 2 * _CODE_BYTES * in_8_bits.any())
 
 
 def gradients_in_pass(engine: Engine, handed_over: Floats) -> Floats:
@@ -319,8 +349,8 @@ def reducing(engine: Engine) -> float:
 def updating(engine: Engine, temporaries: int) -> float:
     """Return gradients and temporaries when the optimizer updates.
 
-    The gradients of the share are made flat and fp32. torch's AdamW then takes temporaries as long
-    as what it updates at once (torch/optim/adam.py): at stage 0 one parameter after the other, else
+    The gradients of the share are made flat and fp32. The optimizer may then take temporaries as
+    long as what it updates at once: at stage 0 one parameter after the other, else
     the whole share, at stage 3 no more than a sub-group. Offloaded, all that is on the host.
 
     Args:

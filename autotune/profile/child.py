@@ -14,6 +14,7 @@ from typing import Any
 from autotune import processes
 from autotune.errors import AutotuneError, ConfigError, SetupFaultError
 from autotune.hardware import Bench, Rates
+from autotune.optimizer import Optimizer
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
 from autotune.workload import ModelProfile, Moment, Polynomial, Trace
@@ -92,6 +93,18 @@ def check_trainer_arguments(arguments: Mapping[str, Any], device_kind: str, log:
     answer = _ask(_read_trainer_arguments, dict(arguments), device_kind, log=log)
     if "error" in answer:
         msg = f"--trainer: {answer['error']}"
+        raise ConfigError(msg)
+
+
+def check_optimizer(optimizer: Optimizer, device_kind: str, log: Path) -> None:
+    """Take a step of an optimizer on the device, in a process of its own.
+
+    Raises:
+        ConfigError: it does not work there.
+    """
+    answer = _ask(_try_optimizer, optimizer, device_kind, log=log)
+    if "error" in answer:
+        msg = f"--optimizer {optimizer} does not work on this device: {answer['error']}"
         raise ConfigError(msg)
 
 
@@ -210,6 +223,16 @@ def _build_ops(names: Sequence[str], path: str) -> None:
         return {}
 
     _answer(path, build)
+
+
+def _try_optimizer(optimizer: Optimizer, device_kind: str, path: str) -> None:
+    def take_a_step() -> dict[str, Any]:
+        from autotune.engine.optimizers import try_optimizer
+
+        try_optimizer(optimizer, device_kind)
+        return {}
+
+    _answer(path, take_a_step)
 
 
 def _read_trainer_arguments(arguments: dict[str, Any], device_kind: str, path: str) -> None:

@@ -84,18 +84,19 @@ def _profiled(config: Any, request: TraceRequest) -> ModelProfile:  # noqa: ANN4
         model = from_config(config, request)
         one, two = (_count(from_config(_with_depth(config, depth), request)) for depth in (1, 2))
     sizes = [parameter.numel() for parameter in model.parameters()]
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = request.checkpointing if model.supports_gradient_checkpointing else ("none",)
     return ModelProfile(
         architecture=(config.architectures or [type(config).__name__])[0],
         parameters=sum(sizes),
-        trainable_parameters=sum(trained),
+        trainable_parameters=sum(one.numel() for one in trained),
         largest_layer_parameters=two - one,
         largest_parameter=max(sizes),
-        trained_sizes=tuple(trained),
+        trained_sizes=tuple(one.numel() for one in trained),
         frozen_sizes=tuple(
             parameter.numel() for parameter in model.parameters() if not parameter.requires_grad
         ),
+        factored_elements=sum(map(_factored_elements, trained)),
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
@@ -104,6 +105,16 @@ def _profiled(config: Any, request: TraceRequest) -> ModelProfile:  # noqa: ANN4
         precision=request.precision,
         traces=tuple((mode, _trace(config, request, mode)) for mode in modes),
     )
+
+
+def _factored_elements(parameter: torch.nn.Parameter) -> int:
+    """Return the elements of its second moment as torch's Adafactor keeps it (_adafactor.py).
+
+    Of the last two dimensions a row and a column, and all of a vector.
+    """
+    if parameter.dim() == 1:
+        return parameter.numel()
+    return sum(parameter.numel() // parameter.shape[dim] for dim in (-1, -2))
 
 
 def _choose_attention(config: Any, request: TraceRequest) -> TraceRequest:  # noqa: ANN401

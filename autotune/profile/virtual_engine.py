@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from autotune.engine.trainer import build_trainer, count_trained
 from autotune.memory import gpu_runtime_bytes
+from autotune.optimizer import ADAMW_8BIT, OF_TRANSFORMERS
 from autotune.profile.fakery import LibraryScratch, faked
 from autotune.profile.live_bytes import LiveBytes, Parts
 from autotune.profile.virtual import VirtualRequest, VirtualRun
@@ -45,6 +46,7 @@ def follow(request: VirtualRequest) -> VirtualRun:
             ranks=request.ranks,
             padded=request.padded,
             free_device_bytes=free_device_bytes,
+            quantises=request.spec.trainer.get("optim") == OF_TRANSFORMERS[ADAMW_8BIT],
         ) as device,
         live,
         LibraryScratch(request.spec.device_kind),
@@ -179,8 +181,8 @@ def _with_python_optimizer(ds_config: dict[str, Any]) -> dict[str, Any]:
 
     It keeps the same states, and fused it works in place, as the C++ one does.
     """
-    optimizer = ds_config["optimizer"]
-    if optimizer["params"].get("torch_adam"):
+    optimizer = ds_config.get("optimizer", {})
+    if optimizer.get("type") != "AdamW" or optimizer["params"].get("torch_adam"):
         return ds_config
     params = {**optimizer["params"], "torch_adam": True, "fused": True}
     return {

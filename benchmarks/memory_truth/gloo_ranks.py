@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune import processes
+from autotune.optimizer import ADAMW_8BIT, OF_TRANSFORMERS
 from autotune.profile.virtual import VirtualRequest
 
 _UPDATES = 6
@@ -70,6 +71,7 @@ def _run_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> No
     trainer_arguments = {**request.spec.trainer, "output_dir": str(Path(answer).parent)}
     spec = replace(request.spec, trainer=trainer_arguments)
     accumulation = request.gradient_accumulation_steps
+    _open_update(request)
     with LiveBytes() as live:
         trainer = build_trainer(spec, request.ds_config, load_weights=False, dataset=_rows(request))
         trainer.prepare_engine(10)
@@ -86,6 +88,17 @@ def _run_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> No
     figures = {"peak": peak, "flops": live.flops, "collectives": dict(live.collectives)}
     Path(answer).write_text(json.dumps(figures))
     os._exit(0)
+
+
+def _open_update(request: VirtualRequest) -> None:
+    """Let the tensors that an update in 8 bits makes inside its operator be followed too."""
+    if request.spec.trainer.get("optim") == OF_TRANSFORMERS[ADAMW_8BIT]:
+        import bitsandbytes
+        from bitsandbytes.backends.cpu.ops import _optimizer_update_8bit_blockwise_cpu
+
+        bitsandbytes.functional.optimizer_update_8bit_blockwise = (
+            _optimizer_update_8bit_blockwise_cpu
+        )
 
 
 def _rows(request: VirtualRequest) -> Any:  # noqa: ANN401 - a list serves as a dataset

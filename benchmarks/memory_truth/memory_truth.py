@@ -29,6 +29,7 @@ from autotune.emit import ds_config, train_spec
 from autotune.hardware import Cluster
 from autotune.knobs import Value
 from autotune.memory import estimate_memory, shards_of
+from autotune.optimizer import Optimizer
 from autotune.profile.child import build_ops, profile_from_json, traced
 from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, virtual_run
@@ -93,6 +94,7 @@ class Case:
     padded: bool = False
     precision: Precision = "fp32"
     lora: bool = False
+    optimizer: Optimizer = "adamw"
     knobs: tuple[tuple[str, Value], ...] = ()
 
     def __str__(self) -> str:
@@ -102,6 +104,7 @@ class Case:
             f"{self.ranks} ranks {self.checkpointing} m{self.micro_batch_size} s{self.seq_length} "
             f"x{self.accumulation} {'padded ' if self.padded else ''}{self.precision}"
             f"{' lora' if self.lora else ''}"
+            f"{'' if self.optimizer == 'adamw' else f' {self.optimizer}'}"
             f"{''.join(f' {name}={value}' for name, value in self.knobs)}"
         )
 
@@ -266,6 +269,7 @@ def _job(case: Case, model: Path) -> Job:
         trust_remote_code=False,
         method="lora" if case.lora else "full",
         lora=LORA if case.lora else None,
+        optimizer=case.optimizer,
         precision=case.precision,
         max_seq_length=1024,
         global_batch_size=case.micro_batch_size * case.ranks * case.accumulation,
