@@ -33,7 +33,7 @@ FORMATS = (
 )
 """The conventions of rows that the dataset package reads; a test holds the two lists together."""
 
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "qlora")
 """What can be trained."""
 
 SAMPLERS = ("prior", "tpe", "gp", "random")
@@ -41,8 +41,8 @@ SAMPLERS = ("prior", "tpe", "gp", "random")
 
 AUTO = "auto"
 
-_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
-_RELATIVE_RATES = {"full": 1e-3, "lora": 1e-2}
+_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+_RELATIVE_RATES = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}
 """Of Adafactor, whose rate is a share of a weight's size: that of T5's fine-tuning
 (arXiv:1910.10683, section 3.1.2), and torch's own default."""
 
@@ -309,7 +309,8 @@ OPTIONS: tuple[Option, ...] = (
         parse=_one_of(*METHODS),
         default="full",
         metavar="|".join(METHODS),
-        help="What is trained: all parameters, or low-rank adapters of the linear layers.",
+        help="What is trained: all parameters, or low-rank adapters of the linear layers, with "
+        "qlora beside weights in 4 bits.",
     ),
     Option(
         name="lora_rank",
@@ -622,11 +623,11 @@ def read_option(name: str, value: Any, source: str) -> Any:  # noqa: ANN401 - ea
 def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     """Give what the method decides a value, where nobody did."""
     method = values["method"]
-    strays = [name for name in _OF_ADAPTERS if sources[name] != "default" and method != "lora"]
+    strays = [name for name in _OF_ADAPTERS if sources[name] != "default" and method == "full"]
     if strays:
         msg = (
             f"{sources[strays[0]]}: {strays[0]} is about adapters, and method {method} has none: "
-            "leave it out, or choose method lora"
+            "leave it out, or choose method lora or qlora"
         )
         raise ConfigError(msg)
     rates = _RELATIVE_RATES if values["optimizer"] == ADAFACTOR else _LEARNING_RATES

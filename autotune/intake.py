@@ -173,26 +173,35 @@ def require_installed(options: Options) -> None:
     Raises:
         ConfigError: it is missing; the text says what needs it and how it is installed.
     """
-    needs = f"--optimizer {ADAMW_8BIT}" if options["optimizer"] == ADAMW_8BIT else None
+    needs = _what_quantises(options)
     if needs and importlib.util.find_spec("bitsandbytes") is None:
         msg = (
-            f"{needs} needs the package bitsandbytes, which is not installed: "
+            f"{' and '.join(needs)} needs the package bitsandbytes, which is not installed: "
             "pip install 'autotune-launcher[bitsandbytes]'"
         )
         raise ConfigError(msg)
 
 
+def _what_quantises(options: Options) -> list[str]:
+    return [
+        *([f"--optimizer {ADAMW_8BIT}"] if options["optimizer"] == ADAMW_8BIT else []),
+        *(["--method qlora"] if options["method"] == "qlora" else []),
+    ]
+
+
 def require_working(question: Question, log: Path) -> None:
-    """Refuse an optimizer that does not work on the devices, before anything is spent.
+    """Refuse what quantises and does not work on the devices, before anything is spent.
 
     Raises:
         ConfigError: the text has what the library says.
     """
-    from autotune.profile.child import check_optimizer
+    from autotune.profile.child import check_quantising
 
-    optimizer = question.options["optimizer"]
-    if optimizer == ADAMW_8BIT:
-        check_optimizer(optimizer, question.cluster.kind, log)
+    options = question.options
+    needs = _what_quantises(options)
+    if needs:
+        precision = choose_precision(options["precision"], question.cluster)
+        check_quantising(needs, options["optimizer"], precision, question.cluster.kind, log)
 
 
 def _with_user_config(options: Options) -> tuple[Options, Pins, dict[str, Any], tuple[str, ...]]:
@@ -412,7 +421,12 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
 
 def limits(job: Job, profile: ModelProfile, question: Question) -> dict[str, Limit]:
     """Return what DeepSpeed cannot do together with what is asked for, by knob."""
-    return limits_of(job.optimizer, profile.trainable_parameters, question.cluster.num_devices)
+    return limits_of(
+        job.optimizer,
+        profile.trainable_parameters,
+        question.cluster.num_devices,
+        in_4_bits=bool(profile.quantised_sizes),
+    )
 
 
 def describe_dataset(profile: DatasetProfile) -> str:
@@ -534,14 +548,15 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
 
 
 def lora_of(options: Options) -> Lora | None:
-    """Return the adapters of method lora, None of another."""
-    if options["method"] != "lora":
+    """Return the adapters of methods lora and qlora, None of full training."""
+    if options["method"] == "full":
         return None
     return Lora(
         rank=options["lora_rank"],
         alpha=options["lora_alpha"],
         dropout=options["lora_dropout"],
         targets=tuple(options["lora_targets"]),
+        quantised=options["method"] == "qlora",
     )
 
 

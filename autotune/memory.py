@@ -139,6 +139,7 @@ def shards_of(profile: ModelProfile, ranks: int, structure: Structure) -> Shards
         trained=np.array(profile.trained_sizes, dtype=np.int64),
         frozen=np.array(profile.frozen_sizes, dtype=np.int64),
         factored=profile.factored_elements,
+        quantised=np.array(profile.quantised_sizes, dtype=np.int64),
         ranks=ranks,
         bucket=profile.bucket(structure.reduce_bucket_size),
         persistence=structure.stage3_param_persistence_threshold,

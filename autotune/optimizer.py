@@ -53,14 +53,29 @@ class Limit:
     reason: str
 
 
-def limits_of(optimizer: Optimizer, trained: int, ranks: int) -> dict[str, Limit]:
-    """Return what an optimizer cannot do together with DeepSpeed, by knob.
+def limits_of(
+    optimizer: Optimizer, trained: int, ranks: int, *, in_4_bits: bool = False
+) -> dict[str, Limit]:
+    """Return what DeepSpeed cannot do together with an optimizer and weights in 4 bits, by knob.
 
     Args:
         optimizer: what updates the weights.
         trained: parameters that are trained.
         ranks: that share them from ZeRO 1 on.
+        in_4_bits: whether there are weights in 4 bits.
     """
+    limits = _of_optimizer(optimizer, trained, ranks)
+    if in_4_bits:
+        stages = limits["zero_stage"].values if "zero_stage" in limits else (0, 1, 2)
+        limits["zero_stage"] = Limit(
+            values=tuple(stage for stage in stages if stage != 3),  # noqa: PLR2004 - a ZeRO stage
+            reason="transformers does not shard weights in 4 bits for ZeRO 3"
+            + (f", and {limits['zero_stage'].reason}" if "zero_stage" in limits else ""),
+        )
+    return limits
+
+
+def _of_optimizer(optimizer: Optimizer, trained: int, ranks: int) -> dict[str, Limit]:
     if optimizer == "adamw":
         return {}
     limits = {

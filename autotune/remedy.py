@@ -63,7 +63,12 @@ class _Search:
         self._job = job
         self._cluster = cluster
         self._longest = longest
-        self._limits = limits_of(job.optimizer, profile.trainable_parameters, cluster.num_devices)
+        self._limits = limits_of(
+            job.optimizer,
+            profile.trainable_parameters,
+            cluster.num_devices,
+            in_4_bits=bool(profile.quantised_sizes),
+        )
 
     def _can_be(self, knob: str, value: int | str) -> bool:
         return knob not in self._limits or value in self._limits[knob].values

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
 from autotune.optimizer import Optimizer
-from autotune.setting import DEFAULT_PERSISTENCE_THRESHOLD, Structure
-from autotune.workload import ModelProfile, Polynomial
+from autotune.setting import DEFAULT_PERSISTENCE_THRESHOLD, Structure, checkpointing_period
+from autotune.workload import COMPUTE_BYTES, ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -190,12 +190,14 @@ def predicted_micro_step(
     """Return the predicted seconds of a micro-step, all its rows together, over padded lengths.
 
     The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
-    of them what it takes to start one.
+    of them what it takes to start one. Weights in 4 bits are dequantised in every pass.
     """
     trace = profile.trace(checkpointing, attention)
     a_flop_s = micro_batch_size / rates.matmul_flops_per_s
     return Polynomial(
-        c0=trace.flops.c0 * a_flop_s + trace.operators * rates.operator_overhead_s,
+        c0=trace.flops.c0 * a_flop_s
+        + trace.operators * rates.operator_overhead_s
+        + _dequantisation_s(profile, checkpointing, rates),
         c1=trace.flops.c1 * a_flop_s,
         c2=trace.flops.c2 * a_flop_s,
     )
@@ -312,6 +314,16 @@ def predicted_more_collectives_s(
             sizes = np.array(profile.trained_sizes + profile.frozen_sizes)
             parted = np.sum((sizes > left) & (sizes <= DEFAULT_PERSISTENCE_THRESHOLD))
             return reduce + 2 * float(parted) * rates.operator_overhead_s, 0.0
+
+
+def _dequantisation_s(profile: ModelProfile, checkpointing: str, rates: Rates) -> float:
+    """Return the seconds in which a micro-step reads weights in 4 bits and writes them wide.
+
+    In the forward and the backward pass, and once more in layers that recompute.
+    """
+    recomputed = 0.0 if checkpointing == "none" else 1 / checkpointing_period(checkpointing)
+    bytes_ = (0.5 + COMPUTE_BYTES[profile.precision]) * sum(profile.quantised_sizes)
+    return (2 + recomputed) * bytes_ / rates.memory_bytes_per_s
 
 
 _BYTES_OF_AN_UPDATE: dict[Optimizer, int] = {"adamw": 28, "adamw-8bit": 16, "adafactor": 68}

@@ -5,7 +5,7 @@ step through its moments: building the engine, forward and backward of a micro-s
 gradients when the backward pass is done, and the update.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,8 @@ Ints = NDArray[np.int64]
 
 FP32 = 4
 
-_BLOCK = 256
+_BLOCK, _BLOCK_OF_4BIT = 256, 64
+_CODES_OF_4BIT = 16
 _LEAST_8BIT_ELEMENTS = 4096
 _CODE_BYTES = 256 * FP32
 """Of bitsandbytes' 8-bit optimizers (optim/optimizer.py): a moment has a scale in fp32 for each
@@ -41,7 +42,8 @@ class Shards:
 
     Attributes:
         trained: elements of each trained parameter, in the order of the model.
-        frozen: the same of the others.
+        frozen: the same of the others, but for those in 4 bits.
+        quantised: the same of these.
         factored: elements of what Adafactor keeps of the trained ones.
         bucket: what gradients are reduced in (reduce_bucket_size).
         persistence: up to how many stage 3 leaves a parameter whole
@@ -54,6 +56,7 @@ class Shards:
     bucket: int
     persistence: int
     factored: int = 0
+    quantised: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @cached_property
     def elements(self) -> int:
@@ -177,12 +180,28 @@ class Engine:
 
 
 def weights(engine: Engine) -> float:
-    """Return b Psi, at stage 3 a shard of each parameter (ZeRO section 5.3)."""
+    """Return b Psi, at stage 3 a shard of each parameter (ZeRO section 5.3).
+
+    Of weights in 4 bits, which stage 3 does not have, every rank has all.
+    """
     shards, size = engine.shards, engine.compute_bytes
     if engine.zero_stage == 3:  # noqa: PLR2004 - a ZeRO stage
         return float(size * (shards.shard + shards.frozen_shard))
     flat = shards.elements if engine.zero_stage == 0 else shards.ranks * shards.partition
-    return float(size * (flat + shards.frozen_elements))
+    return float(size * (flat + shards.frozen_elements) + _in_4_bits(engine))
+
+
+def _in_4_bits(engine: Engine) -> float:
+    """Return the weights in 4 bits with what they are scaled by (arXiv:2305.14314, section 3).
+
+    bitsandbytes' functional.quantize_4bit: a scale in 8 bits for each block of 64, which has an
+    offset and blocks of 256 with a scale in fp32; the meaning of 16 codes, and of 256 where it is
+    not shared on the host.
+    """
+    sizes = engine.shards.quantised
+    scales = -(-sizes // _BLOCK_OF_4BIT)
+    tables = FP32 * (_CODES_OF_4BIT + 1) + _CODE_BYTES * (not engine.gloo)
+    return float(np.sum(-(-sizes // 2) + scales + FP32 * -(-scales // _BLOCK) + tables))
 
 
 def flattened(engine: Engine) -> float:

@@ -30,13 +30,14 @@ class TunedTrainer(Trainer):
         return engine
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:  # noqa: ANN401, ARG002 - Trainer's signature
-        """Make the optimizer that the DeepSpeed config does not name.
+        """Make the optimizer, unless the DeepSpeed config names it.
 
-        In one group, as DeepSpeed makes those that it does, so that weight decay means the same.
+        In one group, as DeepSpeed makes those that it knows, so that weight decay means the same.
         """
-        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        trained = [one for one in self.model.parameters() if one.requires_grad]
-        self.optimizer: Any = kind(trained, weight_decay=self.args.weight_decay, **arguments)
+        if self.optimizer is None:
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            trained = [one for one in self.model.parameters() if one.requires_grad]
+            self.optimizer: Any = kind(trained, weight_decay=self.args.weight_decay, **arguments)
         return self.optimizer  # type: ignore[no-any-return] # the Trainer has no types
 
     def micro_step(

@@ -1,18 +1,25 @@
 """What of bitsandbytes gives way in a run over fake tensors."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 _CODES = 256
 
 
 def stand_ins(device_kind: str) -> dict[str, object]:
-    """Return what replaces what, by dotted name."""
+    """Return what replaces what, by dotted name.
+
+    What an operator of theirs allocates is unseen, so that its Python is called openly: the update
+    in 8 bits on a CPU, and the product with weights in 4 bits, which dequantises them.
+    """
+    from bitsandbytes.backends.cpu.ops import _optimizer_update_8bit_blockwise_cpu
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
     return {
         "bitsandbytes.functional.create_dynamic_map": _table,
-        "bitsandbytes.functional.optimizer_update_8bit_blockwise": _update(device_kind),
+        "bitsandbytes.functional.optimizer_update_8bit_blockwise": (
+            _optimizer_update_8bit_blockwise_cpu if device_kind == "cpu" else _in_place
+        ),
+        "torch:ops.bitsandbytes.gemm_4bit.default": _gemm_4bit_default_impl,
     }
 
 
@@ -21,18 +28,5 @@ def _table(*_args: object, **_kwargs: object) -> torch.Tensor:
     return torch.empty(_CODES)
 
 
-def _update(device_kind: str) -> Callable[..., Any]:
-    """Return the update: what it allocates on a CPU is allocated inside an operator, unseen.
-
-    A GPU's kernel allocates nothing.
-    """
-    if device_kind != "cpu":
-        return _in_place
-    import bitsandbytes.backends.cpu.ops
-
-    update: Callable[..., Any] = bitsandbytes.backends.cpu.ops._optimizer_update_8bit_blockwise_cpu  # noqa: SLF001
-    return update
-
-
 def _in_place(*_args: object, **_kwargs: object) -> None:
-    return None
+    """Update as a GPU's kernel does, which allocates nothing."""

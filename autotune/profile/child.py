@@ -96,15 +96,24 @@ def check_trainer_arguments(arguments: Mapping[str, Any], device_kind: str, log:
         raise ConfigError(msg)
 
 
-def check_optimizer(optimizer: Optimizer, device_kind: str, log: Path) -> None:
-    """Take a step of an optimizer on the device, in a process of its own.
+def check_quantising(
+    needs: Sequence[str], optimizer: Optimizer, precision: str, device_kind: str, log: Path
+) -> None:
+    """Take a step of an optimizer and multiply by a layer in 4 bits, in a process of its own.
+
+    Args:
+        needs: the options that it is for, as a user says them.
+        optimizer: what updates the weights.
+        precision: what is computed in.
+        device_kind: where.
+        log: of the process.
 
     Raises:
         ConfigError: it does not work there.
     """
-    answer = _ask(_try_optimizer, optimizer, device_kind, log=log)
+    answer = _ask(_quantise, optimizer, precision, device_kind, log=log)
     if "error" in answer:
-        msg = f"--optimizer {optimizer} does not work on this device: {answer['error']}"
+        msg = f"{' and '.join(needs)} does not work on this device: {answer['error']}"
         raise ConfigError(msg)
 
 
@@ -225,14 +234,16 @@ def _build_ops(names: Sequence[str], path: str) -> None:
     _answer(path, build)
 
 
-def _try_optimizer(optimizer: Optimizer, device_kind: str, path: str) -> None:
-    def take_a_step() -> dict[str, Any]:
-        from autotune.engine.optimizers import try_optimizer
+def _quantise(optimizer: Optimizer, precision: str, device_kind: str, path: str) -> None:
+    def compute() -> dict[str, Any]:
+        from autotune.engine.model import DTYPES
+        from autotune.engine.quantised import try_optimizer, try_quantised
 
         try_optimizer(optimizer, device_kind)
+        try_quantised(DTYPES[precision])
         return {}
 
-    _answer(path, take_a_step)
+    _answer(path, compute)
 
 
 def _read_trainer_arguments(arguments: dict[str, Any], device_kind: str, path: str) -> None:
@@ -258,7 +269,9 @@ def _read_trainer_arguments(arguments: dict[str, Any], device_kind: str, path: s
 def profile_from_json(document: dict[str, Any]) -> ModelProfile:
     """Read what `traced` returned."""
     traces = tuple((mode, _trace_from_json(trace)) for mode, trace in document["traces"])
-    sizes = {name: tuple(document[name]) for name in ("trained_sizes", "frozen_sizes")}
+    sizes = {
+        name: tuple(document[name]) for name in ("trained_sizes", "frozen_sizes", "quantised_sizes")
+    }
     return ModelProfile(**{**document, **sizes, "traces": traces})
 
 

@@ -71,7 +71,7 @@ def _run_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> No
     trainer_arguments = {**request.spec.trainer, "output_dir": str(Path(answer).parent)}
     spec = replace(request.spec, trainer=trainer_arguments)
     accumulation = request.gradient_accumulation_steps
-    _open_update(request)
+    _open_operators(request)
     with LiveBytes() as live:
         trainer = build_trainer(spec, request.ds_config, load_weights=False, dataset=_rows(request))
         trainer.prepare_engine(10)
@@ -90,15 +90,19 @@ def _run_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> No
     os._exit(0)
 
 
-def _open_update(request: VirtualRequest) -> None:
-    """Let the tensors that an update in 8 bits makes inside its operator be followed too."""
-    if request.spec.trainer.get("optim") == OF_TRANSFORMERS[ADAMW_8BIT]:
+def _open_operators(request: VirtualRequest) -> None:
+    """Let the tensors that bitsandbytes makes inside its operators be followed too."""
+    lora = request.spec.lora
+    in_8_bits = request.spec.trainer.get("optim") == OF_TRANSFORMERS[ADAMW_8BIT]
+    if in_8_bits or (lora is not None and lora.quantised):
         import bitsandbytes
+        import torch
         from bitsandbytes.backends.cpu.ops import _optimizer_update_8bit_blockwise_cpu
+        from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 
-        bitsandbytes.functional.optimizer_update_8bit_blockwise = (
-            _optimizer_update_8bit_blockwise_cpu
-        )
+        functional, operators = bitsandbytes.functional, torch.ops.bitsandbytes
+        functional.optimizer_update_8bit_blockwise = _optimizer_update_8bit_blockwise_cpu
+        operators.gemm_4bit.default = _gemm_4bit_default_impl
 
 
 def _rows(request: VirtualRequest) -> Any:  # noqa: ANN401 - a list serves as a dataset
