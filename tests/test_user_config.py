@@ -144,7 +144,7 @@ def test_what_the_job_says_goes_before_the_file_and_is_told() -> None:
 
 def test_another_optimizer_gives_way_to_that_of_the_job() -> None:
     user = read({"optimizer": {"type": "Lion", "params": {"betas": [0.5, 0.6]}}})
-    assert "Lion gives way to AdamW" in "\n".join(user.notes)
+    assert "Lion gives way to adamw" in "\n".join(user.notes)
     config, trainer = emitted(user, setting_of(zero_stage=1))
     assert config["optimizer"]["type"] == "AdamW"
     assert trainer["adam_beta1"] == config["optimizer"]["params"]["betas"][0] == 0.9

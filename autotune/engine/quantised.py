@@ -55,7 +55,7 @@ def quantise(model: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - PreTrain
 
     One after the other on the device; without a device they are only marked.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    import bitsandbytes
     from transformers.integrations import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
@@ -68,17 +68,21 @@ def quantise(model: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - PreTrain
     kept = HfQuantizer.get_modules_to_not_convert(model)
     replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=_config(dtype))
     for name, module in model.named_modules():
-        if not isinstance(module, Linear4bit):
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
             continue
         weight, module.bias = wide.pop(name)
-        device = "meta" if weight.device.type == "meta" else _device()
-        module.weight = Params4bit(
-            weight.detach(),
-            requires_grad=False,
-            compress_statistics=True,
+        weight, module.quant_state = weight.detach(), None
+        if weight.device.type != "meta":
+            weight, module.quant_state = bitsandbytes.functional.quantize_4bit(
+                weight.contiguous().to(_device()), compress_statistics=True, quant_type="nf4"
+            )
+        module.weight = bitsandbytes.nn.Params4bit(
+            weight,
+            quant_state=module.quant_state,
             quant_type="nf4",
             module=module,
-        ).to(device)
+            bnb_quantized=module.quant_state is not None,
+        )
     model.is_loaded_in_4bit = True
 
 

@@ -102,7 +102,7 @@ def _open_operators(request: VirtualRequest) -> None:
 
         functional, operators = bitsandbytes.functional, torch.ops.bitsandbytes
         functional.optimizer_update_8bit_blockwise = _optimizer_update_8bit_blockwise_cpu
-        operators.gemm_4bit.default = _gemm_4bit_default_impl
+        setattr(operators.gemm_4bit, "default", _gemm_4bit_default_impl)  # noqa: B010 - no type has it
 
 
 def _rows(request: VirtualRequest) -> Any:  # noqa: ANN401 - a list serves as a dataset
