@@ -10,7 +10,7 @@ import yaml
 
 from autotune.errors import ConfigError
 from autotune.knobs import KNOBS, read_pins
-from autotune.optimizer import ADAFACTOR, OPTIMIZERS, read_optimizer
+from autotune.optimizer import ADAFACTOR, OPTIMIZERS, Optimizer, read_optimizer
 from autotune.units import parse_bytes, parse_duration
 from autotune.workload import ALL_LINEAR
 
@@ -630,13 +630,18 @@ def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:
             "leave it out, or choose method lora or qlora"
         )
         raise ConfigError(msg)
-    rates = _RELATIVE_RATES if values["optimizer"] == ADAFACTOR else _LEARNING_RATES
     followed = {
-        "learning_rate": rates[method],
+        "learning_rate": default_rate(method, values["optimizer"]),
         "lora_alpha": 2 * values["lora_rank"],
         "lora_targets": [ALL_LINEAR],
     }
     values.update({name: value for name, value in followed.items() if values[name] is None})
+
+
+def default_rate(method: str, optimizer: Optimizer) -> float:
+    """Return the learning rate where nobody gives one."""
+    rates = _RELATIVE_RATES if optimizer == ADAFACTOR else _LEARNING_RATES
+    return rates[method]
 
 
 def _require_rows_to_evaluate(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:

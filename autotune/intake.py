@@ -139,8 +139,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
     else:
         cluster = named_cluster(named.gpus, named.nodes, options["device_memory"])
     # Only asked for their refusal, before minutes are spent on model and data.
-    if named is None:
-        require_installed(options)
+    require_installed(options, here=named is None)
     micro_batch_sizes(options["global_batch_size"], cluster.num_devices)
     facts = {
         "model": source.content_hash(),
@@ -167,14 +166,17 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
     )
 
 
-def require_installed(options: Options) -> None:
+def require_installed(options: Options, *, here: bool) -> None:
     """Refuse what needs a library that is not installed.
+
+    Layers in 4 bits are the library's in a plan too; an optimizer is only where it runs `here`.
 
     Raises:
         ConfigError: it is missing; the text says what needs it and how it is installed.
     """
     needs = _what_quantises(options)
-    if needs and importlib.util.find_spec("bitsandbytes") is None:
+    needed = here or options["method"] == "qlora"
+    if needs and needed and importlib.util.find_spec("bitsandbytes") is None:
         msg = (
             f"{' and '.join(needs)} needs the package bitsandbytes, which is not installed: "
             "pip install 'autotune-launcher[bitsandbytes]'"

@@ -130,11 +130,12 @@ def test_no_op_is_built_for_what_is_not_offloaded(optimizer: Optimizer) -> None:
 
 def test_a_missing_package_is_refused_before_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    intake.require_installed(options(optimizer="adafactor"))
+    intake.require_installed(options(optimizer="adafactor"), here=True)
+    intake.require_installed(options(optimizer="adamw-8bit"), here=False)
     with pytest.raises(ConfigError, match=r"--optimizer adamw-8bit needs .*bitsandbytes"):
-        intake.require_installed(options(optimizer="adamw-8bit"))
+        intake.require_installed(options(optimizer="adamw-8bit"), here=True)
     with pytest.raises(ConfigError, match=r"--method qlora needs .*bitsandbytes"):
-        intake.require_installed(options(method="qlora"))
+        intake.require_installed(options(method="qlora"), here=False)
 
 
 def test_what_does_not_work_on_the_device_is_refused_in_a_sentence(tmp_path: Path) -> None:
