@@ -293,13 +293,15 @@ def _creation(engine: Engine, cluster: Cluster) -> float:
     """Return what building the engine takes.
 
     Stages 1 and 2 flatten the trained weights beside themselves, on the device if it has as much
-    free by then and else on the host (stage_1_and_2.py, flatten_on_accelerator).
+    free by then and else on the host (stage_1_and_2.py, flatten_on_accelerator). What is to be in
+    4 bits is drawn wide on the host, for a probe.
     """
+    drawn = zero.drawn_wide(engine) * (not cluster.has_separate_memory)
     if engine.zero_stage not in {1, 2}:
-        return 0.0
+        return drawn
     flattened = zero.weights(engine) + zero.flattened(engine)
     runtime = fixed_runtime_bytes(cluster) if cluster.has_separate_memory else 0
-    return flattened if flattened + runtime <= cluster.device_memory_bytes else 0.0
+    return max(drawn, flattened * (flattened + runtime <= cluster.device_memory_bytes))
 
 
 _TEMPORARIES_ON_A_CPU = {"adamw": 2, "adamw-8bit": 5, "adafactor": 1}

@@ -204,6 +204,14 @@ def _in_4_bits(engine: Engine) -> float:
     return float(np.sum(-(-sizes // 2) + scales + FP32 * -(-scales // _BLOCK) + tables))
 
 
+def drawn_wide(engine: Engine) -> float:
+    """Return the weights before those that are to be in 4 bits are quantised."""
+    quantised = int(engine.shards.quantised.sum())
+    return float(
+        engine.compute_bytes * (quantised + engine.shards.frozen_elements) * (quantised > 0)
+    )
+
+
 def flattened(engine: Engine) -> float:
     """Return the flat copy of the trained weights with which stages 1 and 2 begin."""
     return float(engine.compute_bytes * engine.shards.ranks * engine.shards.partition)

@@ -79,6 +79,7 @@ def quantise(model: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - PreTrain
         module.weight = bitsandbytes.nn.Params4bit(
             weight,
             quant_state=module.quant_state,
+            compress_statistics=True,
             quant_type="nf4",
             module=module,
             bnb_quantized=module.quant_state is not None,
