@@ -1,6 +1,8 @@
 """Adapters beside weights in 4 bits: built, loaded, traced, weighed, planned, trained, merged."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +136,21 @@ def test_loading_quantises_as_building_does(llama: Path, tmp_path: Path) -> None
     assert all(torch.equal(theirs[name].data, ours[name].data) for name in ours)
 
 
+def test_ranks_are_forked_before_bitsandbytes_has_asked_the_device() -> None:
+    program = """
+import sys
+import autotune.engine.preload
+assert "bitsandbytes" not in sys.modules
+from peft.import_utils import is_bnb_4bit_available
+from transformers.utils import is_bitsandbytes_available
+assert is_bnb_4bit_available() and is_bitsandbytes_available()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def profiles(llama: Path) -> tuple[ModelProfile, ModelProfile]:
     from autotune.profile.trace import trace_model
@@ -220,7 +237,8 @@ def test_a_run_is_one_command_and_merges_what_was_learned(short_rows: Path, tmp_
     base = AutoModelForCausalLM.from_pretrained(
         saved / "adapter" / "base", dtype=torch.float32, **how_loaded(torch.float32)
     )
-    apart = PeftModel.from_pretrained(base, saved / "adapter").eval()
+    # Not for inference, for which some CPUs compute in bf16; there is nothing that is dropped.
+    apart = PeftModel.from_pretrained(base, saved / "adapter").train()
     ids = torch.arange(3, 40).reshape(1, -1)
     with torch.no_grad():
         difference = merged(input_ids=ids).logits - apart(input_ids=ids).logits

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 import torch
 
-from autotune.engine.quantised import how_loaded, in_4_bits, quantise
+from autotune.engine.quantised import how_loaded, in_4_bits, keep_as_stored, quantise
 from autotune.setting import checkpointing_period
 from autotune.workload import ALL_LINEAR, Lora, Precision, TrainSpec
 
@@ -84,6 +84,8 @@ def _finished(model: Any, recipe: Recipe, checkpointing: str) -> Any:  # noqa: A
     if recipe.lora is not None:
         if recipe.lora.quantised and not in_4_bits(model):
             quantise(model, DTYPES[recipe.precision])
+        if in_4_bits(model):
+            keep_as_stored(model)
         model = _with_adapters(model, recipe.lora, DTYPES[recipe.precision])
     if checkpointing != "none":
         # Not reentrant: gradients reach adapters in blocks whose inputs need none.

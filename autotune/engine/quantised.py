@@ -50,6 +50,17 @@ def _device() -> str:
     return str(get_accelerator().current_device_name())
 
 
+def keep_as_stored(model: Any) -> None:  # noqa: ANN401 - PreTrainedModel
+    """Have layers in 4 bits stay as they are when a training evaluates.
+
+    On CPUs with AVX512-BF16 they would be laid out anew for inference, in which they have no
+    gradient any more (Linear4bit.forward of bitsandbytes).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantise(model: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - PreTrainedModel
     """Put the layers of a model that was built wide into 4 bits, those that loading would.
 

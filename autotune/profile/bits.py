@@ -41,7 +41,7 @@ class _Quantised(metaclass=_KnownByItsState):
         **others: object,
     ) -> torch.Tensor:
         tensor = data.detach().requires_grad_(requires_grad)
-        tensor._is_param = True  # type: ignore[attr-defined] # noqa: SLF001 - torch's own mark
+        tensor._is_param = True  # noqa: SLF001 - torch's own mark
         for name, value in {"quant_state": quant_state, **others}.items():
             setattr(tensor, name, value)
         return tensor
