@@ -242,6 +242,7 @@ def shops(tmp_path_factory: pytest.TempPathFactory) -> dict[Optimizer, Workshop]
     made: dict[Optimizer, Workshop] = {}
     for optimizer in ("adamw-8bit", "adafactor"):
         rate = {"adamw-8bit": 1e-3, "adafactor": 1e-2}[optimizer]
+        (directory / optimizer).mkdir()
         made[read_optimizer(optimizer)] = workshop(
             directory / optimizer, data, model, optimizer=optimizer, learning_rate=rate
         )
