@@ -10,6 +10,7 @@ import yaml
 
 from autotune.errors import ConfigError
 from autotune.knobs import KNOBS, read_pins
+from autotune.optimizer import ADAFACTOR, OPTIMIZERS, Optimizer, read_optimizer
 from autotune.units import parse_bytes, parse_duration
 from autotune.workload import ALL_LINEAR
 
@@ -32,7 +33,7 @@ FORMATS = (
 )
 """The conventions of rows that the dataset package reads; a test holds the two lists together."""
 
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "qlora")
 """What can be trained."""
 
 SAMPLERS = ("prior", "tpe", "gp", "random")
@@ -40,7 +41,11 @@ SAMPLERS = ("prior", "tpe", "gp", "random")
 
 AUTO = "auto"
 
-_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
+_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+_RELATIVE_RATES = {"full": 1e-3, "lora": 1e-2, "qlora": 1e-2}
+"""Of Adafactor, whose rate is a share of a weight's size: that of T5's fine-tuning
+(arXiv:1910.10683, section 3.1.2), and torch's own default."""
+
 _OF_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge")
 
 _TUNED = "it is part of the setting that is tuned"
@@ -65,7 +70,7 @@ _OWN_ARGUMENTS = {
     "seed": "use --seed",
     "data_seed": "use --seed",
     "use_cpu": "use --devices",
-    "optim": "the emitted DeepSpeed config names the optimizer",
+    "optim": "use --optimizer",
     "adam_beta1": "the emitted DeepSpeed config names the optimizer",
     "adam_beta2": "the emitted DeepSpeed config names the optimizer",
     "adam_epsilon": "the emitted DeepSpeed config names the optimizer",
@@ -304,7 +309,8 @@ OPTIONS: tuple[Option, ...] = (
         parse=_one_of(*METHODS),
         default="full",
         metavar="|".join(METHODS),
-        help="What is trained: all parameters, or low-rank adapters of the linear layers.",
+        help="What is trained: all parameters, or low-rank adapters of the linear layers, with "
+        "qlora beside weights in 4 bits.",
     ),
     Option(
         name="lora_rank",
@@ -393,11 +399,18 @@ OPTIONS: tuple[Option, ...] = (
         help="Optimizer steps, in place of --epochs.",
     ),
     Option(
+        name="optimizer",
+        parse=read_optimizer,
+        default=OPTIMIZERS[0],
+        metavar="|".join(OPTIMIZERS),
+        help="What updates the weights; transformers' names of them are taken too.",
+    ),
+    Option(
         name="learning_rate",
         parse=_above_zero,
         default=None,
         metavar="X",
-        help="Peak learning rate of AdamW [2e-5; 2e-4 with lora].",
+        help="Peak learning rate [2e-5; 2e-4 with lora; with adafactor 1e-3 and 1e-2].",
     ),
     Option(
         name="lr_scheduler",
@@ -418,7 +431,7 @@ OPTIONS: tuple[Option, ...] = (
         parse=_not_negative,
         default=0.0,
         metavar="X",
-        help="Weight decay of AdamW.",
+        help="Weight decay of the optimizer.",
     ),
     Option(
         name="max_grad_norm",
@@ -610,19 +623,25 @@ def read_option(name: str, value: Any, source: str) -> Any:  # noqa: ANN401 - ea
 def _follow_method(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     """Give what the method decides a value, where nobody did."""
     method = values["method"]
-    strays = [name for name in _OF_ADAPTERS if sources[name] != "default" and method != "lora"]
+    strays = [name for name in _OF_ADAPTERS if sources[name] != "default" and method == "full"]
     if strays:
         msg = (
             f"{sources[strays[0]]}: {strays[0]} is about adapters, and method {method} has none: "
-            "leave it out, or choose method lora"
+            "leave it out, or choose method lora or qlora"
         )
         raise ConfigError(msg)
     followed = {
-        "learning_rate": _LEARNING_RATES[method],
+        "learning_rate": default_rate(method, values["optimizer"]),
         "lora_alpha": 2 * values["lora_rank"],
         "lora_targets": [ALL_LINEAR],
     }
     values.update({name: value for name, value in followed.items() if values[name] is None})
+
+
+def default_rate(method: str, optimizer: Optimizer) -> float:
+    """Return the learning rate where nobody gives one."""
+    rates = _RELATIVE_RATES if optimizer == ADAFACTOR else _LEARNING_RATES
+    return rates[method]
 
 
 def _require_rows_to_evaluate(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autotune.hardware import Cluster
+from autotune.optimizer import ADAFACTOR, ADAMW_8BIT, OF_TRANSFORMERS
 from autotune.setting import Setting
 from autotune.workload import Job, ModelProfile, TrainSpec
 from autotune.zero import MAX_LIVE_PARAMETERS
@@ -36,18 +37,24 @@ def ds_config(
         "train_micro_batch_size_per_gpu": setting.micro_batch_size,
         "gradient_accumulation_steps": setting.gradient_accumulation_steps,
         "gradient_clipping": job.max_grad_norm,
-        "optimizer": _optimizer(job, cluster, setting),
+        **_optimizer(job, cluster, setting),
         "zero_optimization": _zero(setting, profile),
         "bf16": {"enabled": job.precision == "bf16"},
         "fp16": {"enabled": job.precision == "fp16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
-    return _merged(ours, _applicable(job.deepspeed, setting))
+    return _merged(ours, _applicable(job, setting))
 
 
-def _applicable(theirs: dict[str, Any], setting: Setting) -> dict[str, Any]:
-    """Return a user's config without the sections of what the setting does not offload."""
+def _applicable(job: Job, setting: Setting) -> dict[str, Any]:
+    """Return a user's config without the sections of what the setting does not offload.
+
+    And without the optimizer's, where that is none that DeepSpeed's config can name.
+    """
+    theirs = job.deepspeed
+    if job.optimizer == ADAMW_8BIT:
+        theirs = {key: value for key, value in theirs.items() if key != "optimizer"}
     if "zero_optimization" not in theirs:
         return theirs
     nowhere = [
@@ -69,6 +76,20 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
+    """Return the keys that name the optimizer.
+
+    DeepSpeed takes any of torch's by its name. Others are handed to it, by the Trainer for instance
+    (`optim` of its arguments), and ZeRO has to be told that this is meant.
+    """
+    if job.optimizer == ADAMW_8BIT:
+        return {"zero_allow_untested_optimizer": True}
+    if job.optimizer == ADAFACTOR:
+        params = {"lr": job.learning_rate, "weight_decay": job.weight_decay}
+        return {"optimizer": {"type": "Adafactor", "params": params}}
+    return {"optimizer": {"type": "AdamW", "params": _adamw(job, cluster, setting)}}
+
+
+def _adamw(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
     params: dict[str, Any] = {
         "lr": job.learning_rate,
         "betas": list(ADAM_BETAS),
@@ -82,7 +103,7 @@ def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
         if cluster.has_separate_memory:
             # Otherwise its update takes temporaries there, three as long as all that it updates.
             params["fused"] = True
-    return {"type": "AdamW", "params": params}
+    return params
 
 
 def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
@@ -153,6 +174,7 @@ def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str,
     # The Trainer refuses what disagrees with the config.
     theirs = job.deepspeed.get("optimizer", {}).get("params", {})
     betas = theirs.get("betas", ADAM_BETAS)
+    optim = {"optim": OF_TRANSFORMERS[job.optimizer]} if job.optimizer == ADAMW_8BIT else {}
     evaluation = {"eval_strategy": "epoch", "prediction_loss_only": True} if job.eval_share else {}
     return {
         "output_dir": output_dir,
@@ -166,6 +188,7 @@ def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str,
         "warmup_steps": job.warmup_ratio,
         "weight_decay": job.weight_decay,
         "max_grad_norm": job.max_grad_norm,
+        **optim,
         "adam_beta1": betas[0],
         "adam_beta2": betas[1],
         "adam_epsilon": theirs.get("eps", ADAM_EPS),

@@ -4,10 +4,12 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _VERSIONED = ("torch", "transformers", "deepspeed", "accelerate", "peft")
+_OPTIONAL = ("bitsandbytes",)
 
 RANK_ENVIRONMENT: Mapping[str, str] = {
     # A rank sets its own number of threads; what spins in a pool beside it would only slow it down.
@@ -34,8 +36,12 @@ def cache_dir() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that an outcome depends on."""
-    return {name: version(name) for name in _VERSIONED}
+    """Return the versions that an outcome depends on; what is optional and missing has none."""
+    found = {name: version(name) for name in _VERSIONED}
+    for name in _OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def rank_environment(device_kind: str, visible_devices: tuple[str, ...]) -> dict[str, str]:

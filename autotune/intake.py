@@ -34,6 +34,7 @@ from autotune.hardware import Bench, Cluster, DeviceKind, Rates
 from autotune.knobs import NO_PINS, Pins
 from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
+from autotune.optimizer import ADAFACTOR, ADAMW_8BIT, Limit, limits_of
 from autotune.partial_checkpointing import with_partial_checkpointing
 from autotune.plan import Plan, make_plan
 from autotune.profile.request import TraceRequest
@@ -136,15 +137,16 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
     """
     source = find_model(options["model"])
     options, pins, kept, notes = _with_user_config(options)
-    if options["method"] == "full":
-        # What a model recommends is for training all of it.
+    if options["method"] == "full" and options["optimizer"] != ADAFACTOR:
+        # What a model recommends is for training all of it, and its rate for AdamW.
         options = options.recommended(source.recommended, source.name)
     dataset = tuple(Source.parse(text) for text in options["dataset"] or ())
     if named is None:
         cluster = detect(options["devices"], options["device_memory"])
     else:
         cluster = named_cluster(named.gpus, named.nodes, options["device_memory"])
-    # Only asked for its refusal, before minutes are spent on model and data.
+    # Only asked for their refusal, before minutes are spent on model and data.
+    require_installed(options, here=named is None)
     micro_batch_sizes(options["global_batch_size"], cluster.num_devices)
     facts = {
         "model": source.content_hash(),
@@ -169,6 +171,46 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         deepspeed=kept,
         notes=notes,
     )
+
+
+def require_installed(options: Options, *, here: bool) -> None:
+    """Refuse what needs a library that is not installed.
+
+    Layers in 4 bits are the library's in a plan too; an optimizer is only where it runs `here`.
+
+    Raises:
+        ConfigError: it is missing; the text says what needs it and how it is installed.
+    """
+    needs = _what_quantises(options)
+    needed = here or options["method"] == "qlora"
+    if needs and needed and importlib.util.find_spec("bitsandbytes") is None:
+        msg = (
+            f"{' and '.join(needs)} needs the package bitsandbytes, which is not installed: "
+            "pip install 'autotune-launcher[bitsandbytes]'"
+        )
+        raise ConfigError(msg)
+
+
+def _what_quantises(options: Options) -> list[str]:
+    return [
+        *([f"--optimizer {ADAMW_8BIT}"] if options["optimizer"] == ADAMW_8BIT else []),
+        *(["--method qlora"] if options["method"] == "qlora" else []),
+    ]
+
+
+def require_working(question: Question, log: Path) -> None:
+    """Refuse what quantises and does not work on the devices, before anything is spent.
+
+    Raises:
+        ConfigError: the text has what the library says.
+    """
+    from autotune.profile.child import check_quantising
+
+    options = question.options
+    needs = _what_quantises(options)
+    if needs:
+        precision = choose_precision(options["precision"], question.cluster)
+        check_quantising(needs, options["optimizer"], precision, question.cluster.kind, log)
 
 
 def _with_user_config(options: Options) -> tuple[Options, Pins, dict[str, Any], tuple[str, ...]]:
@@ -361,6 +403,7 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
         attentions=profile.attentions,
         checkpointing_modes=tuple(mode for mode, _ in profile.traces),
         pins=question.pins,
+        limits=limits(job, profile, question),
     )
 
     def estimate(space: Space) -> Plan:
@@ -402,6 +445,16 @@ def _rebalanced(
         accumulations=micro_batch_sizes(job.global_batch_size, ranks),
         seed=job.seed,
         epochs=math.ceil(job.epochs),
+    )
+
+
+def limits(job: Job, profile: ModelProfile, question: Question) -> dict[str, Limit]:
+    """Return what DeepSpeed cannot do together with what is asked for, by knob."""
+    return limits_of(
+        job.optimizer,
+        profile.trainable_parameters,
+        question.cluster.num_devices,
+        in_4_bits=bool(profile.quantised_sizes),
     )
 
 
@@ -510,6 +563,7 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
             for name in (
                 "trust_remote_code",
                 "method",
+                "optimizer",
                 "merge",
                 "learning_rate",
                 "global_batch_size",
@@ -526,14 +580,15 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
 
 
 def lora_of(options: Options) -> Lora | None:
-    """Return the adapters of method lora, None of another."""
-    if options["method"] != "lora":
+    """Return the adapters of methods lora and qlora, None of full training."""
+    if options["method"] == "full":
         return None
     return Lora(
         rank=options["lora_rank"],
         alpha=options["lora_alpha"],
         dropout=options["lora_dropout"],
         targets=tuple(options["lora_targets"]),
+        quantised=options["method"] == "qlora",
     )
 
 

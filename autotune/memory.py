@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from autotune import zero
 from autotune.hardware import Cluster
+from autotune.optimizer import ADAFACTOR
 from autotune.setting import Structure
 from autotune.space import Space
 from autotune.workload import Job, ModelProfile, Moment
@@ -131,6 +132,7 @@ def estimate_memory(
             gloo=not cluster.has_separate_memory,
             offloads=structure.offload_optimizer != "none" and cluster.has_separate_memory,
             overlaps=structure.overlap_comm,
+            optimizer=job.optimizer,
         )
         rows = micro_batches[places]
         trace = profile.trace(structure.checkpointing, structure.attention)
@@ -152,6 +154,8 @@ def shards_of(profile: ModelProfile, ranks: int, structure: Structure) -> Shards
     return Shards(
         trained=np.array(profile.trained_sizes, dtype=np.int64),
         frozen=np.array(profile.frozen_sizes, dtype=np.int64),
+        factored=profile.factored_elements,
+        quantised=np.array(profile.quantised_sizes, dtype=np.int64),
         ranks=ranks,
         bucket=profile.bucket(structure.reduce_bucket_size),
         persistence=structure.stage3_param_persistence_threshold,
@@ -286,7 +290,7 @@ def _terms(
     optimizer_off = structure.offload_optimizer != "none"
     on_device = weights * (not params_off) + optimizer * (not optimizer_off)
     creation = _creation(engine, cluster) - on_device
-    step = max(zero.reducing(engine), zero.updating(engine, _temporaries(structure, cluster)))
+    step = max(zero.reducing(engine), zero.updating(engine, _temporaries(engine, cluster)))
     beyond = np.maximum(0.0, max(creation, step) - peak.total)
     missing = zero.resident_gradients(engine) - peak.gradients
     gradients = np.clip(missing, 0.0, beyond) if step >= creation else np.zeros_like(beyond)
@@ -308,22 +312,32 @@ def _creation(engine: Engine, cluster: Cluster) -> float:
     """Return what building the engine takes.
 
     Stages 1 and 2 flatten the trained weights beside themselves, on the device if it has as much
-    free by then and else on the host (stage_1_and_2.py, flatten_on_accelerator).
+    free by then and else on the host (stage_1_and_2.py, flatten_on_accelerator). What is to be in
+    4 bits is drawn wide on the host, for a probe.
     """
+    drawn = zero.drawn_wide(engine) * (not cluster.has_separate_memory)
     if engine.zero_stage not in {1, 2}:
-        return 0.0
+        return drawn
     flattened = zero.weights(engine) + zero.flattened(engine)
     runtime = fixed_runtime_bytes(cluster) if cluster.has_separate_memory else 0
-    return flattened if flattened + runtime <= cluster.device_memory_bytes else 0.0
+    return max(drawn, flattened * (flattened + runtime <= cluster.device_memory_bytes))
 
 
-def _temporaries(structure: Structure, cluster: Cluster) -> int:
-    """Return how many copies of what it updates torch's AdamW makes on the device.
+_TEMPORARIES_ON_A_CPU = {"adamw": 2, "adamw-8bit": 5, "adafactor": 1}
+"""In fp32: of torch/optim/adam.py; moments, gradient and denominator of bitsandbytes'
+backends/cpu/ops.py; the estimate of torch/optim/_adafactor.py."""
 
-    Two (torch/optim/adam.py); the fused one of a GPU, and that on the host, work in place.
+
+def _temporaries(engine: Engine, cluster: Cluster) -> int:
+    """Return how many copies of what it updates the optimizer makes on the device.
+
+    On a GPU AdamW's kernels work in place, fused or in 8 bits, and so does the one on the host.
     """
-    on_host = structure.offload_optimizer != "none"
-    return 0 if on_host or cluster.has_separate_memory else 2
+    if engine.offloads:
+        return 0
+    if cluster.has_separate_memory and engine.optimizer != ADAFACTOR:
+        return 0
+    return _TEMPORARIES_ON_A_CPU[engine.optimizer]
 
 
 def runtime_bytes(cluster: Cluster, parts: Mapping[str, Floats]) -> Floats:

@@ -23,6 +23,7 @@ _A_STEP = 0.05
 _OF_SPEED = (
     "method",
     "lora",
+    "optimizer",
     "precision",
     "max_seq_length",
     "global_batch_size",

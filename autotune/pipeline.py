@@ -28,7 +28,15 @@ from autotune.errors import (
 )
 from autotune.handoff import Handoff, require_trainable
 from autotune.hardware import Cluster
-from autotune.intake import Question, Workload, ask, look_into, start_processes, total_steps
+from autotune.intake import (
+    Question,
+    Workload,
+    ask,
+    look_into,
+    require_working,
+    start_processes,
+    total_steps,
+)
 from autotune.outcome import Measured, Rung
 from autotune.outcome_cache import OutcomeCache
 from autotune.plan import Plan
@@ -141,6 +149,7 @@ class Run:
         self._enter("detect")
         write_json(self.dir.run, self._run_json())
         start_processes(self.question)
+        require_working(self.question, self.dir.logs / "optimizer.log")
         self._enter("profile")
         workload = look_into(self.question, dataset_dir=self.dir.dataset, logs=self.dir.logs)
         self._write_workload(workload)

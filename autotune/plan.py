@@ -336,7 +336,7 @@ def _added(space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rate
         (
             (talk.forward_s + talk.backward_s, talk.last_backward_s + talk.update_s),
             predicted_offload_s(profile, structure, cluster, rates, size),
-            (0.0, predicted_update_s(profile, structure, cluster, rates)),
+            (0.0, predicted_update_s(profile, structure, cluster, rates, job.optimizer)),
         )
         for talk, structure in zip(communications, space.structures, strict=True)
     ]

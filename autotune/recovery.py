@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from autotune.optimizer import ADAFACTOR
 from autotune.workload import Job, ModelProfile
+from autotune.zero import FP32
 
 Cause = Literal["out_of_memory", "rank_lost", "launcher_lost"]
 
@@ -14,15 +16,17 @@ MAX_REPEATS = 2
 def disk_bytes(job: Job, profile: ModelProfile, checkpoints: int | None) -> int:
     """Return what checkpoints and the final model will take on the disk.
 
-    A checkpoint has fp32 weights and two moments of what is trained, and the model or its adapters
-    as they are saved; an older one is removed when the next is complete. Without a limit of their
-    number, two are counted.
+    A checkpoint has fp32 weights and moments of what is trained, two as long unless they are
+    Adafactor's, and the model or its adapters as they are saved; an older one is removed when the
+    next is complete. Without a limit of their number, two are counted.
     """
     trained, every = profile.trainable_parameters, profile.parameters
     saved = job.compute_bytes * (every if job.lora is None else trained)
     final = saved + job.compute_bytes * every * (job.lora is not None and job.merge)
     base = job.compute_bytes * every * job.from_scratch
-    return ((checkpoints or 2) + 1) * (12 * trained + saved) + final + base
+    moments = profile.factored_elements if job.optimizer == ADAFACTOR else 2 * trained
+    state = FP32 * (trained + moments)
+    return ((checkpoints or 2) + 1) * (state + saved) + final + base
 
 
 def next_fallback(ladder: Sequence[dict[str, Any]], peak_bytes: float) -> int | None:

@@ -9,6 +9,7 @@ import numpy as np
 from autotune.devices import GPUS
 from autotune.hardware import Cluster
 from autotune.memory import estimate_memory
+from autotune.optimizer import limits_of
 from autotune.plan import Bools, Plan, host_budget_bytes
 from autotune.setting import ZERO_STAGES, Setting, Structure
 from autotune.space import Space, micro_batch_sizes
@@ -62,6 +63,15 @@ class _Search:
         self._job = job
         self._cluster = cluster
         self._longest = longest
+        self._limits = limits_of(
+            job.optimizer,
+            profile.trainable_parameters,
+            cluster.num_devices,
+            in_4_bits=bool(profile.quantised_sizes),
+        )
+
+    def _can_be(self, knob: str, value: int | str) -> bool:
+        return knob not in self._limits or value in self._limits[knob].values
 
     def remedies(self, setting: Setting) -> list[Remedy]:
         found = [
@@ -98,6 +108,7 @@ class _Search:
             self._cluster.has_separate_memory
             and setting.structure.zero_stage >= from_stage
             and getattr(setting.structure, field) == "none"
+            and self._can_be(field, "cpu")
         )
         return [("cpu", _with(setting, **{field: "cpu"}))] if possible else []
 
@@ -105,7 +116,7 @@ class _Search:
         return [
             (stage, _with(setting, zero_stage=stage))
             for stage in ZERO_STAGES
-            if stage > setting.structure.zero_stage
+            if stage > setting.structure.zero_stage and self._can_be("zero_stage", stage)
         ]
 
     def _first(self, change: str, choices: Sequence[tuple[int | str, Setting]]) -> Remedy | None:

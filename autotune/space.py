@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from autotune.errors import ConfigError, UsageError
 from autotune.hardware import Cluster
 from autotune.knobs import BY_NAME, KNOBS, MICRO_BATCH_SIZE, NO_PINS, Pins, Value, as_text
+from autotune.optimizer import Limit
 from autotune.setting import ZERO_STAGES, Setting, Structure
 
 Ints = NDArray[np.int64]
@@ -21,6 +23,9 @@ CHECKPOINTING_MODES = ("none", "full")
 
 PARTIAL_CHECKPOINTING = ("every-2", "every-4")
 """Modes that recompute a half and a quarter of the layers, for where `none` does not fit."""
+
+
+NO_LIMITS: Mapping[str, Limit] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +72,13 @@ def enumerate_space(
     attentions: tuple[str, ...] = ("sdpa",),
     checkpointing_modes: tuple[str, ...] = CHECKPOINTING_MODES,
     pins: Pins = NO_PINS,
+    limits: Mapping[str, Limit] = NO_LIMITS,
 ) -> Space:
     """Return all structures that make sense on the cluster, with every micro-batch size.
 
     Attention implementations and checkpointing modes are those that the model has. A pinned knob
-    has its pinned values and no others, those among them that DeepSpeed can do at a stage.
+    has its pinned values and no others, those among them that DeepSpeed can do at a stage, and all
+    knobs have only values within the limits.
 
     Raises:
         UsageError: the global batch cannot be split evenly over the ranks.
@@ -81,9 +88,9 @@ def enumerate_space(
     if MICRO_BATCH_SIZE in pins:
         sizes = _pinned_sizes(sizes, pins[MICRO_BATCH_SIZE], global_batch_size, cluster)
     offered = {"attention": attentions, "checkpointing": checkpointing_modes}
-    structures = tuple(_structures(cluster, offered, pins))
+    structures = tuple(_structures(cluster, offered, pins, limits))
     if not structures:
-        raise ConfigError(_why_nothing_is_left(cluster, offered, pins))
+        raise ConfigError(_why_nothing_is_left(cluster, offered, pins, limits))
     return space_of(structures, sizes, global_batch_size, cluster.num_devices)
 
 
@@ -115,19 +122,45 @@ def _pinned_sizes(
     return left
 
 
+def require_possible(structure: Structure, limits: Mapping[str, Limit]) -> None:
+    """Refuse a structure that is beyond the limits.
+
+    Raises:
+        UsageError: with the limit, and why it is one.
+    """
+    for knob, limit in limits.items():
+        if getattr(structure, knob) not in limit.values:
+            raise UsageError(_said(knob, limit))
+
+
+def _said(knob: str, limit: Limit) -> str:
+    return f"{knob} can be {' or '.join(map(str, limit.values))} here, as {limit.reason}"
+
+
 def _structures(
-    cluster: Cluster, offered: Mapping[str, tuple[Value, ...]], pins: Pins
+    cluster: Cluster,
+    offered: Mapping[str, tuple[Value, ...]],
+    pins: Pins,
+    limits: Mapping[str, Limit],
 ) -> Iterator[Structure]:
-    for stage in pins.get("zero_stage", ZERO_STAGES):
+    for stage in _within(limits, "zero_stage", pins.get("zero_stage", ZERO_STAGES)):
         assert isinstance(stage, int)
         by_default = {**_offered(cluster, stage), **offered}
         choices = {
-            knob: _choices(cluster, stage, knob, by_default.get(knob, ()), pins)
+            knob: _within(
+                limits, knob, _choices(cluster, stage, knob, by_default.get(knob, ()), pins)
+            )
             for knob in _STRUCTURAL
         }
         for values in itertools.product(*choices.values()):
             fields: dict[str, Any] = dict(zip(choices, values, strict=True))
             yield Structure(zero_stage=stage, **fields)
+
+
+def _within(limits: Mapping[str, Limit], knob: str, values: tuple[Value, ...]) -> tuple[Value, ...]:
+    if knob not in limits:
+        return values
+    return tuple(value for value in values if value in limits[knob].values)
 
 
 _STRUCTURAL = tuple(
@@ -175,11 +208,16 @@ def _has(cluster: Cluster, zero_stage: int, knob: str) -> bool:
 
 
 def _why_nothing_is_left(
-    cluster: Cluster, offered: Mapping[str, tuple[Value, ...]], pins: Pins
+    cluster: Cluster,
+    offered: Mapping[str, tuple[Value, ...]],
+    pins: Pins,
+    limits: Mapping[str, Limit],
 ) -> str:
     """Say which pins leave no structure: those without any one of which some would be left."""
     blamed = [
-        name for name in pins.values if any(_structures(cluster, offered, pins.without(name)))
+        name
+        for name in pins.values
+        if any(_structures(cluster, offered, pins.without(name), limits))
     ]
     blamed = blamed or [name for name in pins.values if name != MICRO_BATCH_SIZE]
     reasons = []
@@ -190,6 +228,8 @@ def _why_nothing_is_left(
             reasons.append(f"of {name} this model has {has} here")
         elif name.startswith("offload_") and not cluster.has_separate_memory:
             reasons.append(f"{name} needs GPUs, with a memory beside the host's")
+        elif name in limits:
+            reasons.append(_said(name, limits[name]))
         elif name == "threads_per_rank" and cluster.has_separate_memory:
             reasons.append(f"{name} is of ranks on a CPU")
         elif knob.stages != ZERO_STAGES:

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
-from autotune.setting import RANDOM, Structure
-from autotune.workload import ModelProfile, Polynomial
+from autotune.optimizer import Optimizer
+from autotune.setting import RANDOM, Structure, checkpointing_period
+from autotune.workload import COMPUTE_BYTES, ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -273,12 +274,13 @@ def predicted_micro_step(
     """Return the predicted seconds of a micro-step.
 
     The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
-    of them what it takes to start one.
+    of them what it takes to start one. Weights in 4 bits are dequantised in every pass.
     """
     trace = profile.trace(checkpointing, attention)
     a_flop_s = 1 / rates.matmul_flops_per_s
     return MicroStepTime(
-        start_s=trace.operators * rates.operator_overhead_s,
+        start_s=trace.operators * rates.operator_overhead_s
+        + _dequantisation_s(profile, checkpointing, rates),
         a_row_s=Polynomial(
             c0=trace.flops.c0 * a_flop_s,
             c1=trace.flops.c1 * a_flop_s,
@@ -375,17 +377,39 @@ def hidden_s(hideable: Sequence[Floats], computing_s: Floats, micro_steps: Ints)
     return hidden
 
 
-def predicted_update_s(
-    profile: ModelProfile, structure: Structure, cluster: Cluster, rates: Rates
-) -> float:
-    """Return the seconds of the optimizer update: it reads and writes its states once.
+def _dequantisation_s(profile: ModelProfile, checkpointing: str, rates: Rates) -> float:
+    """Return the seconds in which a micro-step reads weights in 4 bits and writes them wide.
 
-    AdamW touches weight, gradient and two moments in fp32 (4 x 4 bytes read, 3 x 4 written), an
-    offloaded one in host memory.
+    In the forward and the backward pass, and once more in layers that recompute.
     """
+    recomputed = 0.0 if checkpointing == "none" else 1 / checkpointing_period(checkpointing)
+    bytes_ = (0.5 + COMPUTE_BYTES[profile.precision]) * sum(profile.quantised_sizes)
+    return (2 + recomputed) * bytes_ / rates.memory_bytes_per_s
+
+
+_BYTES_OF_AN_UPDATE: dict[Optimizer, int] = {"adamw": 28, "adamw-8bit": 16, "adafactor": 68}
+"""AdamW reads weight, gradient and two moments in fp32 and writes all but the gradient, once; the
+moments may have 8 bits. Adafactor is a row of operators (torch/optim/_adafactor.py), each of which
+reads and writes what it works on: the weight for its norm and the update, the gradient for rows,
+columns and the update, and seven times the estimate that becomes the update."""
+
+
+def predicted_update_s(
+    profile: ModelProfile,
+    structure: Structure,
+    cluster: Cluster,
+    rates: Rates,
+    optimizer: Optimizer = "adamw",
+) -> float:
+    """Return the seconds of the optimizer update, by the bytes that it touches for a parameter."""
     offloaded = structure.offload_optimizer != "none"
     rate = rates.host_memory_bytes_per_s if offloaded else rates.memory_bytes_per_s
-    return 28 * _share(structure, cluster) * profile.trainable_parameters / rate
+    return (
+        _BYTES_OF_AN_UPDATE[optimizer]
+        * _share(structure, cluster)
+        * profile.trainable_parameters
+        / rate
+    )
 
 
 def predicted_offload_s(

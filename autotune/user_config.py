@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autotune.config import Options, read_option
+from autotune.config import Options, default_rate, read_option
 from autotune.errors import ConfigError
 from autotune.knobs import BY_NAME, Pins, Value, as_text, read_value
+from autotune.optimizer import ADAFACTOR, Optimizer
 
 AUTO = "auto"
 """What transformers takes for: fill this in."""
@@ -41,7 +42,9 @@ _KNOBS = {
 _PLACES = frozenset({"zero_stage", "offload_optimizer", "offload_param"})
 """Knobs that a file means for the training as a whole; others only where a stage has them."""
 
-_ADAM = frozenset({"adam", "adamw"})
+_OPTIMIZERS: dict[str, Optimizer] = {"adam": "adamw", "adamw": "adamw", "adafactor": "adafactor"}
+"""Types that DeepSpeed's config can name, and what they are called here."""
+
 _HOW_ADAM_RUNS = ("torch_adam", "fused", "adam_w_mode")
 _SECTIONS = (_ZERO, "optimizer", "bf16", "fp16", "scheduler")
 _DEPRECATED = {"cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param"}
@@ -167,9 +170,20 @@ class _Reader:
     def read_optimizer(self) -> None:
         kind = self._take(("optimizer", "type"))
         params = self.kept.get("optimizer", {}).get("params", {})
-        if _is_said(kind) and str(kind).lower() not in _ADAM:
-            self._note(f"optimizer {kind} gives way to AdamW, which is what is trained with")
+        meant = _OPTIMIZERS.get(str(kind).lower())
+        if _is_said(kind) and meant is not None:
+            self._say(("optimizer", "type"), "optimizer", meant)
+            if "optimizer" in self.taken and self._options.is_default("learning_rate"):
+                rate = default_rate(self._options["method"], meant)
+                self.taken.setdefault("learning_rate", rate)
+        chosen = self.taken.get("optimizer", self._options["optimizer"])
+        if _is_said(kind) and meant is None:
+            self._note(f"optimizer {kind} gives way to {chosen}, which is what is trained with")
             self.kept.pop("optimizer")
+        elif ADAFACTOR in {chosen, meant}:
+            left_out = self.kept.pop("optimizer", {}).get("params")
+            if left_out:
+                self._note(f"optimizer.params {', '.join(left_out)} are not those of {chosen}")
         elif params.get("adam_w_mode") is False:
             self._note("adam_w_mode false gives way to AdamW, which is what is trained with")
         for name in _HOW_ADAM_RUNS:

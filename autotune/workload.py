@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from autotune.optimizer import Optimizer
 from autotune.setting import BY_MODEL
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -25,12 +26,14 @@ class Lora:
         alpha: an adapter's output is scaled by alpha / rank.
         dropout: share of an adapter's inputs that is dropped.
         targets: last names of the layers that get one, or `all-linear` alone.
+        quantised: whether the frozen linear layers are in 4 bits (QLoRA, arXiv:2305.14314).
     """
 
     rank: int
     alpha: int
     dropout: float
     targets: tuple[str, ...]
+    quantised: bool = False
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Lora":
@@ -42,7 +45,7 @@ class Job:
     """What the user asked for; nothing in here is ever changed silently.
 
     `model_dir` holds config.json and the tokenizer, and weights unless `from_scratch`. There is a
-    `lora` where the method is that one; `merge` adds its adapters to the weights in the end.
+    `lora` where the method trains adapters; `merge` adds its adapters to the weights in the end.
     `deepspeed` is what the user's own DeepSpeed config says besides the rest.
     `trainer` are the user's own arguments of transformers' TrainingArguments, by name.
     """
@@ -63,6 +66,7 @@ class Job:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    optimizer: Optimizer = "adamw"
     lora: Lora | None = None
     merge: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -190,7 +194,9 @@ class ModelProfile:
 
     Attributes:
         trained_sizes: elements of each parameter that is trained, in the order of the model.
-        frozen_sizes: the same of the others.
+        frozen_sizes: the same of the others, but for those in 4 bits.
+        quantised_sizes: elements of each parameter that is in 4 bits.
+        factored_elements: what Adafactor keeps of the trained ones: of a matrix a row and a column.
         attention: of `traces`.
         other_attentions: further attention implementations, each with traces of its own.
     """
@@ -210,6 +216,8 @@ class ModelProfile:
     precision: Precision
     traces: tuple[tuple[str, Trace], ...]
     other_attentions: tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...] = ()
+    factored_elements: int = 0
+    quantised_sizes: tuple[int, ...] = ()
 
     @property
     def attentions(self) -> tuple[str, ...]:

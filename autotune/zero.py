@@ -5,16 +5,25 @@ step through its moments: building the engine, forward and backward of a micro-s
 gradients when the backward pass is done, and the update.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autotune.optimizer import Optimizer
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 FP32 = 4
+
+_BLOCK, _BLOCK_OF_4BIT = 256, 64
+_CODES_OF_4BIT = 16
+_LEAST_8BIT_ELEMENTS = 4096
+_CODE_BYTES = 256 * FP32
+"""Of bitsandbytes' 8-bit optimizers (optim/optimizer.py): a moment has a scale in fp32 for each
+block; what is shorter stays in fp32; each moment has a table of what its codes mean."""
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """Of the emitted config, and its max_reuse_distance too."""
@@ -33,7 +42,9 @@ class Shards:
 
     Attributes:
         trained: elements of each trained parameter, in the order of the model.
-        frozen: the same of the others.
+        frozen: the same of the others, but for those in 4 bits.
+        quantised: the same of these.
+        factored: elements of what Adafactor keeps of the trained ones.
         bucket: what gradients are reduced in (reduce_bucket_size).
         persistence: up to how many stage 3 leaves a parameter whole
             (stage3_param_persistence_threshold).
@@ -44,6 +55,8 @@ class Shards:
     ranks: int
     bucket: int
     persistence: int
+    factored: int = 0
+    quantised: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @cached_property
     def elements(self) -> int:
@@ -138,6 +151,7 @@ class Engine:
         gloo: whether collectives are gloo's, as they are on a CPU.
         offloads: whether the optimizer is in host memory, as gradients are then once reduced.
         overlaps: whether gradients are reduced beside the backward pass (overlap_comm).
+        optimizer: what updates the weights.
     """
 
     shards: Shards
@@ -147,6 +161,7 @@ class Engine:
     gloo: bool
     offloads: bool = False
     overlaps: bool = False
+    optimizer: Optimizer = "adamw"
 
     @property
     def kind(self) -> tuple[int, bool, bool, bool]:
@@ -165,12 +180,36 @@ class Engine:
 
 
 def weights(engine: Engine) -> float:
-    """Return b Psi, at stage 3 a shard of each parameter (ZeRO section 5.3)."""
+    """Return b Psi, at stage 3 a shard of each parameter (ZeRO section 5.3).
+
+    Of weights in 4 bits, which stage 3 does not have, every rank has all.
+    """
     shards, size = engine.shards, engine.compute_bytes
     if engine.zero_stage == 3:  # noqa: PLR2004 - a ZeRO stage
         return float(size * (shards.shard + shards.frozen_shard))
     flat = shards.elements if engine.zero_stage == 0 else shards.ranks * shards.partition
-    return float(size * (flat + shards.frozen_elements))
+    return float(size * (flat + shards.frozen_elements) + _in_4_bits(engine))
+
+
+def _in_4_bits(engine: Engine) -> float:
+    """Return the weights in 4 bits with what they are scaled by (arXiv:2305.14314, section 3).
+
+    bitsandbytes' functional.quantize_4bit: a scale in 8 bits for each block of 64, which has an
+    offset and blocks of 256 with a scale in fp32; the meaning of 16 codes, and of 256 where it is
+    not shared on the host.
+    """
+    sizes = engine.shards.quantised
+    scales = -(-sizes // _BLOCK_OF_4BIT)
+    tables = FP32 * (_CODES_OF_4BIT + 1) + _CODE_BYTES * (not engine.gloo)
+    return float(np.sum(-(-sizes // 2) + scales + FP32 * -(-scales // _BLOCK) + tables))
+
+
+def drawn_wide(engine: Engine) -> float:
+    """Return the weights before those that are to be in 4 bits are quantised."""
+    quantised = int(engine.shards.quantised.sum())
+    return float(
+        engine.compute_bytes * (quantised + engine.shards.frozen_elements) * (quantised > 0)
+    )
 
 
 def flattened(engine: Engine) -> float:
@@ -179,13 +218,31 @@ def flattened(engine: Engine) -> float:
 
 
 def optimizer(engine: Engine) -> float:
-    """Return two fp32 moments, and a flat fp32 copy of the weights.
+    """Return what the optimizer remembers, and a flat fp32 copy of the weights.
 
     In mixed precision the copy is always there (ZeRO section 3.1: 12 Psi), in fp32 from stage 1 on,
     as DeepSpeed's sharded optimizers keep their own partition whatever the type.
     """
     keeps_copy = engine.zero_stage >= 1 or engine.compute_bytes < FP32
-    return float((3 if keeps_copy else 2) * FP32 * engine.share)
+    return float(FP32 * keeps_copy * engine.share + moments(engine))
+
+
+def moments(engine: Engine) -> float:
+    """Return the moments: of AdamW two in fp32, or in 8 bits with a scale for each block.
+
+    Adafactor has the second one, factored, and needs parameters in their shapes: those of stage 0.
+    """
+    match engine.optimizer:
+        case "adamw":
+            return float(2 * FP32 * engine.share)
+        case "adafactor":
+            return float(FP32 * engine.shards.factored)
+        case "adamw-8bit":
+            flats = engine.shards.trained if engine.zero_stage == 0 else np.array([engine.share])
+            in_8_bits = flats >= _LEAST_8BIT_ELEMENTS
+            short = 2 * FP32 * flats * ~in_8_bits
+            quantised = 2 * (flats + FP32 * -(-flats // _BLOCK)) * in_8_bits
+            return float(np.sum(short + quantised) + 2 * _CODE_BYTES * in_8_bits.any())
 
 
 def gradients_in_pass(engine: Engine, handed_over: Floats) -> Floats:
@@ -319,8 +376,8 @@ def reducing(engine: Engine) -> float:
 def updating(engine: Engine, temporaries: int) -> float:
     """Return gradients and temporaries when the optimizer updates.
 
-    The gradients of the share are made flat and fp32. torch's AdamW then takes temporaries as long
-    as what it updates at once (torch/optim/adam.py): at stage 0 one parameter after the other, else
+    The gradients of the share are made flat and fp32. The optimizer may then take temporaries as
+    long as what it updates at once: at stage 0 one parameter after the other, else
     the whole share, at stage 3 no more than a sub-group. Offloaded, all that is on the host.
 
     Args:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "autotune"
 
 LAYERS = (
-    ("errors", "units"),
+    ("errors", "units", "optimizer"),
     ("hardware", "workload", "setting", "outcome", "knobs"),
     (
         "space",
@@ -51,6 +51,7 @@ BESIDE = {
     "variants": {"plan", "prune", "space", "throughput"},
     "remedy": {"devices", "memory", "plan", "space", "throughput"},
     "prices": {"devices"},
+    "recovery": {"zero"},
     "user_config": {"config"},
     "model_source": {"builtin", "chatglm3", "environment", "rundir"},
     "chatglm3": {"rundir"},
@@ -70,7 +71,7 @@ BESIDE = {
 
 ENGINE_ROOMS = (
     *("engine", "profile", "probe.worker"),
-    *("train.entry", "train.adapters", "train.metrics", "train.state"),
+    *("train.entry", "train.adapters", "train.metrics", "train.state", "train.eight_bit"),
     *("train.stopping", "train.trainer"),
 )
 HOMES = {
@@ -79,13 +80,14 @@ HOMES = {
     "transformers": (*ENGINE_ROOMS, "dataset"),
     "accelerate": ENGINE_ROOMS,
     "peft": ENGINE_ROOMS,
+    "bitsandbytes": ENGINE_ROOMS,
     "pynvml": ("detect",),
     "optuna": ("tune",),
     "click": ("cli",),
 }
 """Libraries that are imported only in these parts, at the top of a module or inside a function."""
 
-HEAVY = ("torch", "transformers", "deepspeed", "optuna")
+HEAVY = ("torch", "transformers", "deepspeed", "bitsandbytes", "optuna")
 
 
 def _name_of(path: Path) -> str:

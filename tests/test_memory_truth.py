@@ -88,6 +88,38 @@ CASES = (
         seq_length=64,
         knobs=(("stage3_param_persistence_threshold", 0), ("stage3_prefetch_bucket_size", 0)),
     ),
+    Case(
+        model="llama",
+        size=WIDE,
+        zero_stage=1,
+        ranks=2,
+        checkpointing="none",
+        micro_batch_size=2,
+        seq_length=64,
+        optimizer="adamw-8bit",
+    ),
+    Case(
+        model="llama",
+        size=SMALL,
+        zero_stage=0,
+        ranks=2,
+        checkpointing="none",
+        micro_batch_size=2,
+        seq_length=64,
+        precision="bf16",
+        optimizer="adafactor",
+    ),
+    Case(
+        model="llama",
+        size=DEEP,
+        zero_stage=2,
+        ranks=2,
+        checkpointing="full",
+        micro_batch_size=2,
+        seq_length=64,
+        lora=True,
+        quantised=True,
+    ),
 )
 
 

@@ -74,7 +74,14 @@ def test_nothing_comes_of_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "job", [{"precision": "fp32"}, {"method": "lora"}, {"max_seq_length": 512}, {"seed": 1}]
+    "job",
+    [
+        {"precision": "fp32"},
+        {"method": "lora"},
+        {"optimizer": "adafactor"},
+        {"max_seq_length": 512},
+        {"seed": 1},
+    ],
 )
 def test_another_job_knows_nothing_of_it(job: dict[str, Any]) -> None:
     keep(rung(1), of=workload())

@@ -144,10 +144,18 @@ def test_what_the_job_says_goes_before_the_file_and_is_told() -> None:
 
 def test_another_optimizer_gives_way_to_that_of_the_job() -> None:
     user = read({"optimizer": {"type": "Lion", "params": {"betas": [0.5, 0.6]}}})
-    assert "Lion gives way to AdamW" in "\n".join(user.notes)
+    assert "Lion gives way to adamw" in "\n".join(user.notes)
     config, trainer = emitted(user, setting_of(zero_stage=1))
     assert config["optimizer"]["type"] == "AdamW"
     assert trainer["adam_beta1"] == config["optimizer"]["params"]["betas"][0] == 0.9
+
+
+def test_an_optimizer_that_can_be_chosen_is_taken_from_the_file() -> None:
+    user = read({"optimizer": {"type": "Adafactor", "params": {"lr": 1e-3, "d": 2.0}}})
+    assert (user.options["optimizer"], user.options["learning_rate"]) == ("adafactor", 1e-3)
+    assert read({"optimizer": {"type": "Adafactor"}}).options["learning_rate"] == 1e-3
+    assert "optimizer" not in user.kept
+    assert "optimizer.params d are not those of adafactor" in "\n".join(user.notes)
 
 
 def test_transformers_finds_no_mismatch_with_the_arguments() -> None:

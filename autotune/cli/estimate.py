@@ -215,6 +215,7 @@ def _estimate(
 ) -> dict[str, Any]:
     from autotune import intake
     from autotune.documents import estimate_document
+    from autotune.space import require_possible
 
     intake.start_processes(question)
     with tempfile.TemporaryDirectory(prefix="autotune-estimate-") as scratch:
@@ -230,6 +231,7 @@ def _estimate(
         if setting.structure.checkpointing not in modes:
             msg = "this model's layers cannot be checkpointed: use --checkpointing none"
             raise UsageError(msg)
+        require_possible(setting.structure, intake.limits(workload.job, workload.profile, question))
         virtual = None
         if exact:
             try:

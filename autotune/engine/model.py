@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import torch
 
+from autotune.engine.quantised import how_loaded, in_4_bits, keep_as_stored, quantise
 from autotune.setting import checkpointing_period
 from autotune.workload import ALL_LINEAR, Lora, Precision, TrainSpec
 
@@ -39,15 +40,21 @@ def build_model(spec: TrainSpec, *, load_weights: bool) -> Any:  # noqa: ANN401 
 def build_base(spec: TrainSpec, *, load_weights: bool) -> Any:  # noqa: ANN401 - PreTrainedModel
     """Build the model as it is before anything is added to train it.
 
-    Weights are read from safetensors only. Without `load_weights`, or when the model directory has
-    none, they are random; under ZeRO 3 (TrainingArguments made before) they are sharded as built.
+    Weights are read from safetensors only, into 4 bits where they are to be. Without
+    `load_weights`, or when the model directory has none, they are random; under ZeRO 3
+    (TrainingArguments made before) they are sharded as built.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     set_seed(spec.seed)
     if load_weights and not spec.from_scratch:
+        quantised = spec.lora is not None and spec.lora.quantised
         return AutoModelForCausalLM.from_pretrained(
-            spec.model_dir, use_safetensors=True, local_files_only=True, **_arguments(spec)
+            spec.model_dir,
+            use_safetensors=True,
+            local_files_only=True,
+            **_arguments(spec),
+            **(how_loaded(DTYPES[spec.precision]) if quantised else {}),
         )
     config = AutoConfig.from_pretrained(
         spec.model_dir, trust_remote_code=spec.trust_remote_code, local_files_only=True
@@ -75,6 +82,10 @@ def _finished(model: Any, recipe: Recipe, checkpointing: str) -> Any:  # noqa: A
     """Make a model that was built one that is trained."""
     model.config.use_cache = False
     if recipe.lora is not None:
+        if recipe.lora.quantised and not in_4_bits(model):
+            quantise(model, DTYPES[recipe.precision])
+        if in_4_bits(model):
+            keep_as_stored(model)
         model = _with_adapters(model, recipe.lora, DTYPES[recipe.precision])
     if checkpointing != "none":
         # Not reentrant: gradients reach adapters in blocks whose inputs need none.

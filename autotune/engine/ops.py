@@ -19,7 +19,8 @@ def needed_ops(device_kind: str, ds_config: dict[str, Any]) -> tuple[str, ...]:
     """Name the builders of the ops that an engine of this config loads."""
     communication = ("ShareMemCommBuilder",) if device_kind == "cpu" else ()
     offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
-    by_torch = ds_config["optimizer"]["params"].get("torch_adam", False)
+    # Offloaded, it is always AdamW, which the config names.
+    by_torch = offload == "cpu" and ds_config["optimizer"]["params"].get("torch_adam", False)
     optimizer = ("CPUAdamBuilder",) if offload == "cpu" and not by_torch else ()
     return communication + optimizer
 

@@ -29,6 +29,17 @@ class TunedTrainer(Trainer):
         engine, _ = self._prepare_for_training(total_steps, None, None)
         return engine
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:  # noqa: ANN401, ARG002 - Trainer's signature
+        """Make the optimizer, unless the DeepSpeed config names it.
+
+        In one group, as DeepSpeed makes those that it knows, so that weight decay means the same.
+        """
+        if self.optimizer is None:
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            trained = [one for one in self.model.parameters() if one.requires_grad]
+            self.optimizer: Any = kind(trained, weight_decay=self.args.weight_decay, **arguments)
+        return self.optimizer  # type: ignore[no-any-return] # the Trainer has no types
+
     def micro_step(
         self, batch: dict[str, torch.Tensor], trained_tokens: int, *, boundary: bool
     ) -> torch.Tensor:

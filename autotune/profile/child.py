@@ -16,6 +16,7 @@ import numpy as np
 from autotune import processes
 from autotune.errors import AutotuneError, ConfigError, SetupFaultError
 from autotune.hardware import Bench
+from autotune.optimizer import Optimizer
 from autotune.profile.request import TraceRequest
 from autotune.rundir import read_json, write_json
 from autotune.throughput import Ints, Rebalanced
@@ -103,6 +104,27 @@ def check_trainer_arguments(arguments: Mapping[str, Any], device_kind: str, log:
     answer = _ask(_read_trainer_arguments, dict(arguments), device_kind, log=log)
     if "error" in answer:
         msg = f"--trainer: {answer['error']}"
+        raise ConfigError(msg)
+
+
+def check_quantising(
+    needs: Sequence[str], optimizer: Optimizer, precision: str, device_kind: str, log: Path
+) -> None:
+    """Take a step of an optimizer and multiply by a layer in 4 bits, in a process of its own.
+
+    Args:
+        needs: the options that it is for, as a user says them.
+        optimizer: what updates the weights.
+        precision: what is computed in.
+        device_kind: where.
+        log: of the process.
+
+    Raises:
+        ConfigError: it does not work there.
+    """
+    answer = _ask(_quantise, optimizer, precision, device_kind, log=log)
+    if "error" in answer:
+        msg = f"{' and '.join(needs)} does not work on this device: {answer['error']}"
         raise ConfigError(msg)
 
 
@@ -229,6 +251,18 @@ def _rebalance(lengths: Ints, split: dict[str, Any], path: str) -> None:
     _answer(path, rebalance)
 
 
+def _quantise(optimizer: Optimizer, precision: str, device_kind: str, path: str) -> None:
+    def compute() -> dict[str, Any]:
+        from autotune.engine.model import DTYPES
+        from autotune.engine.quantised import try_optimizer, try_quantised
+
+        try_optimizer(optimizer, device_kind)
+        try_quantised(DTYPES[precision])
+        return {}
+
+    _answer(path, compute)
+
+
 def _read_trainer_arguments(arguments: dict[str, Any], device_kind: str, path: str) -> None:
     def read() -> dict[str, Any]:
         from transformers import TrainingArguments
@@ -252,7 +286,9 @@ def _read_trainer_arguments(arguments: dict[str, Any], device_kind: str, path: s
 def profile_from_json(document: dict[str, Any]) -> ModelProfile:
     """Read what `traced` returned."""
     traces = tuple((mode, _trace_from_json(trace)) for mode, trace in document["traces"])
-    sizes = {name: tuple(document[name]) for name in ("trained_sizes", "frozen_sizes")}
+    sizes = {
+        name: tuple(document[name]) for name in ("trained_sizes", "frozen_sizes", "quantised_sizes")
+    }
     return ModelProfile(**{**document, **sizes, "traces": traces})
 
 

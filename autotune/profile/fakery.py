@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autotune.errors import VirtualRunUnavailableError
-from autotune.profile import flash
+from autotune.profile import bits, flash
 from autotune.profile.live_bytes import FixedScalars, ShapeMode
 from autotune.profile.virtual_gpu import DEVICE as VIRTUAL_DEVICE
 
@@ -46,11 +46,12 @@ def faked(
     ranks: int,
     padded: bool = True,
     free_device_bytes: Callable[[], int] = lambda: 0,
+    quantises: bool = False,
 ) -> Iterator[torch.device]:
     """Be one of `ranks` ranks over fake tensors; gives the device, the CPU or a virtual one.
 
     Batches are taken for ones with padding if they are `padded`. `free_device_bytes` answers
-    DeepSpeed's question what a virtual device has left.
+    DeepSpeed's question what a virtual device has left. What `quantises` does so by bitsandbytes.
 
     Raises:
         VirtualRunUnavailableError: a library lacks a name that has to give way.
@@ -61,6 +62,8 @@ def faked(
         stand_ins = _stand_ins()
         if device != "cpu":
             stand_ins |= _device_stand_ins(free_device_bytes)
+        if quantises:
+            stand_ins |= bits.stand_ins(device_kind)
         for target, stand_in in stand_ins.items():
             stack.enter_context(replaced(target, stand_in))
         stack.enter_context(padding(present=padded))

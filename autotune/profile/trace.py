@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from autotune.engine.model import from_config
+from autotune.engine.quantised import is_quantised
 from autotune.errors import ConfigError
 from autotune.profile.fakery import faked, flash_attention
 from autotune.profile.request import TraceRequest
@@ -83,19 +84,24 @@ def _profiled(config: Any, request: TraceRequest) -> ModelProfile:  # noqa: ANN4
         request = _choose_attention(config, request)
         model = from_config(config, request)
         one, two = (_count(from_config(_with_depth(config, depth), request)) for depth in (1, 2))
+    quantised = [parameter for parameter in model.parameters() if is_quantised(parameter)]
     sizes = [parameter.numel() for parameter in model.parameters()]
-    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = request.checkpointing if model.supports_gradient_checkpointing else ("none",)
     return ModelProfile(
         architecture=(config.architectures or [type(config).__name__])[0],
         parameters=sum(sizes),
-        trainable_parameters=sum(trained),
+        trainable_parameters=sum(one.numel() for one in trained),
         largest_layer_parameters=two - one,
         largest_parameter=max(sizes),
-        trained_sizes=tuple(trained),
+        trained_sizes=tuple(one.numel() for one in trained),
         frozen_sizes=tuple(
-            parameter.numel() for parameter in model.parameters() if not parameter.requires_grad
+            parameter.numel()
+            for parameter in model.parameters()
+            if not (parameter.requires_grad or is_quantised(parameter))
         ),
+        quantised_sizes=tuple(one.numel() for one in quantised),
+        factored_elements=sum(map(_factored_elements, trained)),
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
@@ -104,6 +110,16 @@ def _profiled(config: Any, request: TraceRequest) -> ModelProfile:  # noqa: ANN4
         precision=request.precision,
         traces=tuple((mode, _trace(config, request, mode)) for mode in modes),
     )
+
+
+def _factored_elements(parameter: torch.nn.Parameter) -> int:
+    """Return the elements of its second moment as torch's Adafactor keeps it (_adafactor.py).
+
+    Of the last two dimensions a row and a column, and all of a vector.
+    """
+    if parameter.dim() == 1:
+        return parameter.numel()
+    return sum(parameter.numel() // parameter.shape[dim] for dim in (-1, -2))
 
 
 def _choose_attention(config: Any, request: TraceRequest) -> TraceRequest:  # noqa: ANN401
@@ -226,7 +242,10 @@ def _run(
     rows: int,
     length: int,
 ) -> Timeline:
-    with faked(request.device_kind, rank=0, ranks=1, padded=request.padded) as device:
+    quantises = request.lora is not None and request.lora.quantised
+    with faked(
+        request.device_kind, rank=0, ranks=1, padded=request.padded, quantises=quantises
+    ) as device:
         model = place(from_config(config, request, mode), device)
         model.train()
         return follow_pass(model, rows, length, device)

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from autotune.engine.quantised import elements
 from autotune.engine.trainer import build_trainer, count_trained
 from autotune.memory import gpu_runtime_bytes
+from autotune.optimizer import ADAMW_8BIT, OF_TRANSFORMERS
 from autotune.profile.fakery import LibraryScratch, faked
 from autotune.profile.live_bytes import LiveBytes, Parts
 from autotune.profile.virtual import VirtualRequest, VirtualRun
 from autotune.profile.virtual_gpu import NAME as VIRTUAL_GPU
 from autotune.profile.virtual_gpu import place
 from autotune.units import KIB
+from autotune.workload import TrainSpec
 
 _GRADIENTS_KEPT = ("averaged_gradients", "grad_partitions_flat_buffer", "fp32_groups_gradients")
 """Stages 1 and 2, stage 3, and stage 0 in bf16; an engine lacks those of the others."""
@@ -45,6 +48,7 @@ def follow(request: VirtualRequest) -> VirtualRun:
             ranks=request.ranks,
             padded=request.padded,
             free_device_bytes=free_device_bytes,
+            quantises=_quantises(request.spec),
         ) as device,
         live,
         LibraryScratch(request.spec.device_kind),
@@ -69,6 +73,11 @@ def follow(request: VirtualRequest) -> VirtualRun:
         seconds=time.perf_counter() - started,
         resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB,
     )
+
+
+def _quantises(spec: TrainSpec) -> bool:
+    in_4_bits = spec.lora is not None and spec.lora.quantised
+    return in_4_bits or spec.trainer.get("optim") == OF_TRANSFORMERS[ADAMW_8BIT]
 
 
 def accumulates(request: VirtualRequest) -> bool:
@@ -130,7 +139,7 @@ class VirtualEngine:
         self._weights = list(model.parameters())
         self.parameters = sum(
             # What ZeRO 3 has sharded is empty here, and says how large it was.
-            getattr(weight, "ds_numel", weight.numel())
+            getattr(weight, "ds_numel", elements(weight))
             for weight in self._weights
         )
         self._engine = self._trainer.prepare_engine(total_steps=2 * request.steps)
@@ -179,8 +188,8 @@ def _with_python_optimizer(ds_config: dict[str, Any]) -> dict[str, Any]:
 
     It keeps the same states, and fused it works in place, as the C++ one does.
     """
-    optimizer = ds_config["optimizer"]
-    if optimizer["params"].get("torch_adam"):
+    optimizer = ds_config.get("optimizer", {})
+    if optimizer.get("type") != "AdamW" or optimizer["params"].get("torch_adam"):
         return ds_config
     params = {**optimizer["params"], "torch_adam": True, "fused": True}
     return {

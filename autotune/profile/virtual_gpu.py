@@ -111,6 +111,7 @@ def place(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def _on_device(tensor: torch.Tensor) -> torch.Tensor:
+    assert not hasattr(tensor, "quant_state"), "what is quantised is so on the device"
     empty = torch.empty_like(tensor, device=DEVICE)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)

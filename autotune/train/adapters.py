@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from autotune.engine.model import build_base
+from autotune.engine.model import DTYPES, build_base
+from autotune.engine.quantised import in_4_bits
 from autotune.workload import TrainSpec
 
 _MERGED_FROM = "adapter"
@@ -40,7 +41,8 @@ def with_base(spec: TrainSpec, directory: Path) -> TrainSpec:
 def merge(spec: TrainSpec, adapters: Path, model_dir: Path) -> None:
     """Add adapters to the weights that they were trained beside, and save the whole model.
 
-    One rank does it on the host, from what was saved, however the weights were sharded.
+    One rank does it on the host, from what was saved, however the weights were sharded. Weights in
+    4 bits are dequantised first: the adapters have learned beside what these stand for.
     """
     from peft import PeftModel
     from transformers.integrations import unset_hf_deepspeed_config
@@ -48,5 +50,7 @@ def merge(spec: TrainSpec, adapters: Path, model_dir: Path) -> None:
     # Else the weights would be sharded once more as they are loaded.
     unset_hf_deepspeed_config()
     base = build_base(spec, load_weights=True)
+    if in_4_bits(base):
+        base = base.dequantize(dtype=DTYPES[spec.precision])
     merged = PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
     merged.save_pretrained(str(model_dir))

@@ -1,12 +1,14 @@
 """The state of a training without the shape that an engine gave it: any ZeRO stage can read it.
 
-A checkpoint has, by parameter name, the fp32 weight and the two moments of Adam of every parameter
-that is trained, whole, in safetensors files; state.json has the optimizer's step, the schedule and
-the loss scale. Each rank writes some of the parameters, and reads them all, one at a time.
+A checkpoint has, by parameter name, the fp32 weight and the moments of every parameter that is
+trained, whole, in safetensors files; state.json has the optimizer's step, the schedule and the loss
+scale. Each rank writes some of the parameters, and reads them all, one at a time. Adam's moments
+are in fp32 there, also those that are held in 8 bits, whose blocks depend on the stage.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from autotune.rundir import write_json
+from autotune.train import eight_bit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_FACTORED = ("row_var", "col_var", "variance")
+"""Of torch's Adafactor: a parameter has the first two or the last."""
+
 _WEIGHT = "weight"
 _DIRECTORY, _DOCUMENT = "state", "state.json"
 _FILE_BYTES = 1 << 29
@@ -42,7 +48,34 @@ class EngineState:
     @property
     def has_moments(self) -> bool:
         """Whether an update was taken; before the first one there are none."""
-        return any("exp_avg" in self._inner.state.get(flat, {}) for flat in self._flats())
+        return any(self._inner.state.get(flat) for flat in self._flats())
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Return the moments of a parameter."""
+        if not isinstance(self._inner, torch.optim.Adafactor):
+            return MOMENTS
+        state = self._inner.state[self._weight(self.parameters[name])]
+        return tuple(key for key in _FACTORED if key in state)
+
+    @contextmanager
+    def unquantised(self, *, changes: bool) -> Iterator[None]:
+        """Hold moments of 8 bits in fp32 meanwhile, on the host; back in 8 bits if it `changes`."""
+        states = [
+            state for state in map(self._inner.state.get, self._flats()) if eight_bit.holds(state)
+        ]
+        for state in states:
+            eight_bit.widen(state, MOMENTS)
+        self._link()
+        yield
+        for state in states:
+            eight_bit.narrow(state, MOMENTS, changed=changes)
+        self._link()
+
+    def _link(self) -> None:
+        """Have ZeRO 1 and 2 look at the states of parameters anew."""
+        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._optimizer._hp_optimizer_states_linked = False  # noqa: SLF001
+            self._optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - as its own step does
 
     def tensor(self, name: str, key: str) -> torch.Tensor:
         """Return a whole tensor in fp32; a collective."""
@@ -56,8 +89,8 @@ class EngineState:
                 whole = safe_get_full_optimizer_state(parameter, key)
         else:
             whole = self._replicated(parameter, key)
-        as_fp32: torch.Tensor = whole.detach().float().reshape(_shape(parameter))
-        return as_fp32
+        as_fp32: torch.Tensor = whole.detach().float()
+        return as_fp32 if key in _FACTORED else as_fp32.reshape(_shape(parameter))
 
     def set_tensor(self, name: str, key: str, value: torch.Tensor) -> None:
         """Put a whole tensor in place, a weight in both types; a collective."""
@@ -79,7 +112,13 @@ class EngineState:
             return parameter if key == _WEIGHT else self._inner.state[parameter][key]
         flat, start = self._views[parameter]
         source: torch.Tensor = flat if key == _WEIGHT else self._inner.state[flat][key]
+        if key in _FACTORED:
+            return source
         return source.view(-1).narrow(0, start, parameter.numel()).view(parameter.shape)
+
+    def _weight(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the tensor that a parameter's states belong to, without ZeRO."""
+        return self._views[parameter][0] if self._views else parameter
 
     @property
     def step(self) -> int:
@@ -89,11 +128,14 @@ class EngineState:
 
     def make_moments(self, step: int) -> None:
         """Make the states that the optimizer would make at its first update."""
-        by_torch = isinstance(self._inner, torch.optim.AdamW)
+        if eight_bit.updates_in(self._inner):
+            eight_bit.make(self._inner, step)
+            return
+        by_torch = isinstance(self._inner, torch.optim.AdamW | torch.optim.Adafactor)
         for flat in self._flats():
             state = self._inner.state[flat]
-            for key in MOMENTS:
-                state.setdefault(key, torch.zeros_like(flat))
+            for key, shape in self._shapes(flat).items():
+                state.setdefault(key, flat.new_zeros(shape))
             # torch's optimizer counts in a tensor, DeepSpeed's in a number, by state or by group.
             state["step"] = torch.tensor(float(step), device=flat.device) if by_torch else step
             if by_torch and not self._inner.param_groups[0].get("fused"):
@@ -101,8 +143,18 @@ class EngineState:
         if not by_torch:
             for group in self._inner.param_groups:
                 group["step"] = step
-        if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self._optimizer._lazy_init_hp_params_optimizer_state()  # noqa: SLF001 - as its own step does
+        self._link()
+
+    def _shapes(self, flat: torch.Tensor) -> dict[str, torch.Size]:
+        """Return the shapes of the moments of a tensor."""
+        if not isinstance(self._inner, torch.optim.Adafactor):
+            return dict.fromkeys(MOMENTS, flat.shape)
+        if flat.dim() == 1:
+            return {"variance": flat.shape}
+        return {
+            "row_var": torch.Size([*flat.shape[:-1], 1]),
+            "col_var": torch.Size([*flat.shape[:-2], 1, flat.shape[-1]]),
+        }
 
     def _flats(self) -> _Flats:
         """Return the tensors that the inner optimizer's states belong to."""
@@ -178,17 +230,17 @@ def save_state(engine: Any, scheduler: Any, directory: Path) -> None:  # noqa: A
     target = directory / _DIRECTORY
     target.mkdir(parents=True, exist_ok=True)
     has_moments = state.has_moments
-    keys = (_WEIGHT, *(MOMENTS if has_moments else ()))
     held: dict[str, torch.Tensor] = {}
     files = 0
-    for place, name in enumerate(state.parameters):
-        for key in keys:
-            whole = state.tensor(name, key)
-            if place % ranks == rank:
-                held[f"{key}/{name}"] = whole.to("cpu", copy=True).contiguous()
-        if sum(tensor.nbytes for tensor in held.values()) > _FILE_BYTES:
-            save_file(held, target / f"{rank}-{files}.safetensors")
-            files, held = files + 1, {}
+    with state.unquantised(changes=False):
+        for place, name in enumerate(state.parameters):
+            for key in (_WEIGHT, *(state.keys(name) if has_moments else ())):
+                whole = state.tensor(name, key)
+                if place % ranks == rank:
+                    held[f"{key}/{name}"] = whole.to("cpu", copy=True).contiguous()
+            if sum(tensor.nbytes for tensor in held.values()) > _FILE_BYTES:
+                save_file(held, target / f"{rank}-{files}.safetensors")
+                files, held = files + 1, {}
     save_file(held, target / f"{rank}-{files}.safetensors")
     if rank == 0:
         write_json(
@@ -207,14 +259,13 @@ def load_state(engine: Any, scheduler: Any, directory: Path) -> None:  # noqa: A
     """Bring an engine of any ZeRO stage and number of ranks to the state of a checkpoint."""
     document = json.loads((directory / _DIRECTORY / _DOCUMENT).read_text())
     state = EngineState(engine)
-    keys: tuple[str, ...] = (_WEIGHT,)
-    if document["has_moments"]:
+    has_moments = document["has_moments"]
+    if has_moments:
         state.make_moments(document["step"])
-        keys += MOMENTS
-    with torch.no_grad():
+    with torch.no_grad(), state.unquantised(changes=True):
         stored = dict(_stored(directory / _DIRECTORY))
         for name in state.parameters:
-            for key in keys:
+            for key in (_WEIGHT, *(state.keys(name) if has_moments else ())):
                 state.set_tensor(name, key, stored[f"{key}/{name}"]())
     state.set_scale(document["scale"])
     scheduler.load_state_dict(document["scheduler"])

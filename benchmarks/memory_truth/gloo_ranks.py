@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune import processes
+from autotune.optimizer import ADAMW_8BIT, OF_TRANSFORMERS
 from autotune.profile.virtual import VirtualRequest
 
 _UPDATES = 6
@@ -70,6 +71,7 @@ def _run_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> No
     trainer_arguments = {**request.spec.trainer, "output_dir": str(Path(answer).parent)}
     spec = replace(request.spec, trainer=trainer_arguments)
     accumulation = request.gradient_accumulation_steps
+    _open_operators(request)
     with LiveBytes() as live:
         trainer = build_trainer(spec, request.ds_config, load_weights=False, dataset=_rows(request))
         trainer.prepare_engine(10)
@@ -86,6 +88,21 @@ def _run_rank(request: VirtualRequest, rank: int, store: str, answer: str) -> No
     figures = {"peak": peak, "flops": live.flops, "collectives": dict(live.collectives)}
     Path(answer).write_text(json.dumps(figures))
     os._exit(0)
+
+
+def _open_operators(request: VirtualRequest) -> None:
+    """Let the tensors that bitsandbytes makes inside its operators be followed too."""
+    lora = request.spec.lora
+    in_8_bits = request.spec.trainer.get("optim") == OF_TRANSFORMERS[ADAMW_8BIT]
+    if in_8_bits or (lora is not None and lora.quantised):
+        import bitsandbytes
+        import torch
+        from bitsandbytes.backends.cpu.ops import _optimizer_update_8bit_blockwise_cpu
+        from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+        functional, operators = bitsandbytes.functional, torch.ops.bitsandbytes
+        functional.optimizer_update_8bit_blockwise = _optimizer_update_8bit_blockwise_cpu
+        setattr(operators.gemm_4bit, "default", _gemm_4bit_default_impl)  # noqa: B010 - no type has it
 
 
 def _rows(request: VirtualRequest) -> Any:  # noqa: ANN401 - a list serves as a dataset

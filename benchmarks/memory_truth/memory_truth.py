@@ -29,6 +29,7 @@ from autotune.emit import ds_config, train_spec
 from autotune.hardware import Cluster
 from autotune.knobs import Value
 from autotune.memory import estimate_memory, shards_of
+from autotune.optimizer import Optimizer
 from autotune.profile.child import build_ops, profile_from_json, traced
 from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, virtual_run
@@ -93,6 +94,8 @@ class Case:
     padded: bool = False
     precision: Precision = "fp32"
     lora: bool = False
+    quantised: bool = False
+    optimizer: Optimizer = "adamw"
     knobs: tuple[tuple[str, Value], ...] = ()
 
     def __str__(self) -> str:
@@ -101,7 +104,8 @@ class Case:
             f"{self.model}-{size.hidden}x{size.layers}-v{size.vocabulary} zero{self.zero_stage} "
             f"{self.ranks} ranks {self.checkpointing} m{self.micro_batch_size} s{self.seq_length} "
             f"x{self.accumulation} {'padded ' if self.padded else ''}{self.precision}"
-            f"{' lora' if self.lora else ''}"
+            f"{' lora' if self.lora else ''}{' in 4 bits' if self.quantised else ''}"
+            f"{'' if self.optimizer == 'adamw' else f' {self.optimizer}'}"
             f"{''.join(f' {name}={value}' for name, value in self.knobs)}"
         )
 
@@ -250,12 +254,16 @@ class Bench:
             precision=case.precision,
             device_kind="cpu",
             padded=case.padded,
-            lora=LORA if case.lora else None,
+            lora=_lora(case),
         )
         if request not in self._profiles:
             log = self._directory / "profile.log"
             self._profiles[request] = profile_from_json(traced(request, log))
         return self._profiles[request]
+
+
+def _lora(case: Case) -> Lora | None:
+    return replace(LORA, quantised=case.quantised) if case.lora else None
 
 
 def _job(case: Case, model: Path) -> Job:
@@ -264,8 +272,9 @@ def _job(case: Case, model: Path) -> Job:
         model_dir=str(model),
         from_scratch=True,
         trust_remote_code=False,
-        method="lora" if case.lora else "full",
-        lora=LORA if case.lora else None,
+        method="qlora" if case.quantised else "lora" if case.lora else "full",
+        lora=_lora(case),
+        optimizer=case.optimizer,
         precision=case.precision,
         max_seq_length=1024,
         global_batch_size=case.micro_batch_size * case.ranks * case.accumulation,
