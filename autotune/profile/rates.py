@@ -19,6 +19,7 @@ _MATMUL_SIZE_ACCELERATOR = 8192
 _COPY_BYTES = {"cpu": 32 * 1024 * 1024}
 _COPY_BYTES_ACCELERATOR = 1024 * 1024 * 1024
 _SECONDS_EACH = 0.3
+_OPERATORS = 100
 _ALL_REDUCES = 9
 _SMALL_ALL_REDUCES = 49
 _MEETING_TIMEOUT = timedelta(seconds=60)
@@ -63,8 +64,16 @@ class Meter:
         return source.numel() / self._seconds(lambda: target.copy_(source))
 
     def operator_overhead_s(self) -> float:
-        small = torch.ones(8, device=self._device)
-        return self._seconds(lambda: small + small)
+        """Add next to nothing again and again, and go back: what autograd takes for it counts."""
+        small = torch.ones(8, device=self._device, requires_grad=True)
+
+        def pass_through() -> None:
+            total = small
+            for _ in range(_OPERATORS):
+                total = total + small
+            total.sum().backward()
+
+        return self._seconds(pass_through) / (2 * _OPERATORS)
 
     def all_reduce_bytes_per_s(self, ranks: int) -> float:
         """All-reduce over the ranks; counted are the bytes that a rank sends in a ring."""
