@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
-from autotune.setting import DEFAULT_PERSISTENCE_THRESHOLD, RANDOM, Structure
+from autotune.setting import DEFAULT_PERSISTENCE_THRESHOLD, RANDOM, WHOLE, Structure
 from autotune.workload import ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
@@ -268,14 +268,18 @@ class MicroStepTime:
 
 
 def predicted_micro_step(
-    profile: ModelProfile, checkpointing: str, rates: Rates, attention: str | None = None
+    profile: ModelProfile,
+    checkpointing: str,
+    rates: Rates,
+    attention: str | None = None,
+    loss: str = WHOLE,
 ) -> MicroStepTime:
     """Return the predicted seconds of a micro-step.
 
     The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
     of them what it takes to start one.
     """
-    trace = profile.trace(checkpointing, attention)
+    trace = profile.trace(checkpointing, attention, loss)
     a_flop_s = 1 / rates.matmul_flops_per_s
     return MicroStepTime(
         start_s=trace.operators * rates.operator_overhead_s,

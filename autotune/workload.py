@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from autotune.setting import BY_MODEL
+from autotune.setting import BY_MODEL, WHOLE
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -193,6 +193,7 @@ class ModelProfile:
         frozen_sizes: the same of the others.
         attention: of `traces`.
         other_attentions: further attention implementations, each with traces of its own.
+        chunked: traces with the loss in chunks, by attention, where that is asked for.
     """
 
     architecture: str
@@ -210,6 +211,7 @@ class ModelProfile:
     precision: Precision
     traces: tuple[tuple[str, Trace], ...]
     other_attentions: tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...] = ()
+    chunked: tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...] = ()
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -234,13 +236,14 @@ class ModelProfile:
             return asked
         return min(self.bucket_elements, 2 * self.largest_layer_parameters)
 
-    def trace(self, checkpointing: str, attention: str | None = None) -> Trace:
+    def trace(self, checkpointing: str, attention: str | None = None, loss: str = WHOLE) -> Trace:
         """Return the trace of one way to run the model, by the attention of `traces` unless told.
 
         Raises:
             KeyError: it was not traced.
         """
-        by_attention = {self.attention: self.traces, **dict(self.other_attentions)}
+        whole = {self.attention: self.traces, **dict(self.other_attentions)}
+        by_attention = whole if loss == WHOLE else dict(self.chunked)
         return dict(by_attention[attention or self.attention])[checkpointing]
 
 
@@ -277,6 +280,7 @@ class TrainSpec:
     eval_share: float = 0.0
     save_every_s: float | None = None
     probed_tokens: int | None = None
+    loss: str = WHOLE
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self)}

@@ -4,7 +4,8 @@ from typing import Any, Protocol
 
 import torch
 
-from autotune.setting import checkpointing_period
+from autotune.engine.loss import chunk_loss
+from autotune.setting import CHUNKED, checkpointing_period
 from autotune.workload import ALL_LINEAR, Lora, Precision, TrainSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -21,6 +22,8 @@ class Recipe(Protocol):
     def trust_remote_code(self) -> bool: ...
     @property
     def lora(self) -> Lora | None: ...
+    @property
+    def loss(self) -> str: ...
 
 
 def build_model(spec: TrainSpec, *, load_weights: bool) -> Any:  # noqa: ANN401 - PreTrainedModel
@@ -74,6 +77,8 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
 def _finished(model: Any, recipe: Recipe, checkpointing: str) -> Any:  # noqa: ANN401 - PreTrainedModel
     """Make a model that was built one that is trained."""
     model.config.use_cache = False
+    if recipe.loss == CHUNKED:
+        chunk_loss(model)
     if recipe.lora is not None:
         model = _with_adapters(model, recipe.lora, DTYPES[recipe.precision])
     if checkpointing != "none":
