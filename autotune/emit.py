@@ -167,6 +167,7 @@ def train_spec(
         eval_share=job.eval_share,
         save_every_s=job.save_every_s,
         probed_tokens=probed_tokens,
+        loss=setting.structure.loss,
     )
 
 

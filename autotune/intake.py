@@ -40,7 +40,7 @@ from autotune.plan import Plan, make_plan
 from autotune.profile.request import TraceRequest
 from autotune.profile.virtual import VirtualRequest, VirtualRun, virtual_run
 from autotune.rundir import cached, read_json, write_json, writing
-from autotune.setting import FLASH_ATTENTION, Setting
+from autotune.setting import CHUNKED, FLASH_ATTENTION, WHOLE, Setting
 from autotune.space import (
     CHECKPOINTING_MODES,
     PARTIAL_CHECKPOINTING,
@@ -324,7 +324,7 @@ def _look_at_model(
     precision = choose_precision(options["precision"], question.cluster)
     checkpointing = tuple(map(str, pins.get("checkpointing", checkpointing)))
 
-    def traced(attention: str) -> ModelProfile:
+    def traced(attention: str, loss: str = WHOLE) -> ModelProfile:
         return _profile(
             options,
             source,
@@ -332,6 +332,7 @@ def _look_at_model(
             question.cluster.kind,
             logs,
             attention=attention,
+            loss=loss,
             padded=bool(question.dataset),
             checkpointing=checkpointing,
         )
@@ -343,6 +344,9 @@ def _look_at_model(
     if attention == "auto" and "attention" not in pins and flash_runs(question):
         others = _traces_if_there(traced, FLASH_ATTENTION)
     profile = replace(first, other_attentions=others)
+    if CHUNKED in pins.get("loss", ()):
+        chunked = tuple((name, traced(name, CHUNKED).traces) for name in profile.attentions)
+        profile = replace(profile, chunked=chunked)
     limit = _within("--max-seq-length", options["max_seq_length"], profile.max_position_embeddings)
     _log.info(
         "model %s: %s, %s parameters, %s",
@@ -598,22 +602,17 @@ def _profile(
     precision: Any,  # noqa: ANN401 - a Precision
     device_kind: DeviceKind,
     logs: Path,
-    *,
-    attention: str,
-    padded: bool,
-    checkpointing: tuple[str, ...],
+    **run: Any,  # noqa: ANN401 - how it is to run, by the fields of a TraceRequest
 ) -> ModelProfile:
     from autotune.profile.child import profile_from_json, traced
 
     request = TraceRequest(
         model_dir=str(source.directory),
         trust_remote_code=options["trust_remote_code"],
-        attention=attention,
         precision=precision,
         device_kind=device_kind,
-        padded=padded,
         lora=lora_of(options),
-        checkpointing=checkpointing,
+        **run,
     )
     config = hashlib.blake2b((source.directory / "config.json").read_bytes()).hexdigest()
     # Where the configuration lies does not matter to what it says.

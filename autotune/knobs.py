@@ -8,9 +8,11 @@ from typing import Any
 
 from autotune.setting import (
     BY_MODEL,
+    CHUNKED,
     FLASH_ATTENTION,
     RANDOM,
     REBALANCE,
+    WHOLE,
     ZERO_STAGES,
     checkpointing_period,
 )
@@ -99,6 +101,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("stage3_prefetch_bucket_size", _elements(0), _ELEMENTS, (3,)),
     Knob("stage3_param_persistence_threshold", _whole(0), "a whole number of elements", (3,)),
     Knob("threads_per_rank", _whole(1), "a whole number of threads"),
+    Knob("loss", _one_of(WHOLE, CHUNKED), f"{WHOLE}, {CHUNKED}"),
 )
 """Every knob that can be pinned; a test holds them against the fields of Structure."""
 

@@ -135,7 +135,7 @@ def estimate_memory(
             optimizer=job.optimizer,
         )
         rows = micro_batches[places]
-        trace = profile.trace(structure.checkpointing, structure.attention)
+        trace = profile.trace(structure.checkpointing, structure.attention, structure.loss)
         peaks = []
         for moments in (trace.one_row, trace.more_rows):
             # Structures whose engines are alike share what does not depend on the rows.

@@ -276,7 +276,7 @@ def _integrated(
 ) -> tuple[Floats, Floats]:
     """Return seconds of computing and tokens of a step, of every setting."""
     splits, split_of_row = _splits(space)
-    of_structure = [(one.checkpointing, one.attention) for one in space.structures]
+    of_structure = [(one.checkpointing, one.attention, one.loss) for one in space.structures]
     ways = {way: place for place, way in enumerate(dict.fromkeys(of_structure))}
     way = np.array([ways[one] for one in of_structure])
     waits = np.array(
@@ -286,8 +286,8 @@ def _integrated(
     seconds = np.empty((len(splits), len(ways), 2))
     tokens = np.empty(len(splits))
     micro_steps = [
-        predicted_micro_step(profile, checkpointing, rates, attention)
-        for checkpointing, attention in ways
+        predicted_micro_step(profile, checkpointing, rates, attention, loss)
+        for checkpointing, attention, loss in ways
     ]
     for split, (sampling, size, accumulation) in enumerate(splits):
         steps = DrawnSteps.draw(rows, size, accumulation, space.ranks, sampling)

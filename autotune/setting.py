@@ -10,6 +10,9 @@ Offload = Literal["none", "cpu", "nvme"]
 ZERO_STAGES = (0, 1, 2, 3)
 FLASH_ATTENTION = "flash_attention_2"
 
+WHOLE, CHUNKED = "whole", "chunked"
+"""Whether the loss is taken from all logits at once, or from a share of them at a time."""
+
 RANDOM, REBALANCE = "random", "batch_rebalance"
 """How the rows of a step are split: as they were drawn, or by length (transformers' sampler)."""
 
@@ -75,6 +78,7 @@ class Structure:
     stage3_prefetch_bucket_size: int = BY_MODEL
     stage3_param_persistence_threshold: int = DEFAULT_PERSISTENCE_THRESHOLD
     threads_per_rank: int = THREADS_DETECTED
+    loss: str = WHOLE
 
     def __post_init__(self) -> None:
         if self.overlap_comm not in {True, False}:
@@ -117,6 +121,7 @@ class Structure:
                 f"persistence-{self.stage3_param_persistence_threshold}"
             ),
             "threads_per_rank": f"threads-{self.threads_per_rank}",
+            "loss": f"{self.loss}-loss",
         }
         return tuple(
             word for knob, word in words.items() if getattr(self, knob) != getattr(plain, knob)
@@ -143,6 +148,7 @@ _LATER_KNOBS = frozenset(
         "stage3_prefetch_bucket_size",
         "stage3_param_persistence_threshold",
         "threads_per_rank",
+        "loss",
     }
 )
 """What JSON has only where it says something, so that older settings keep their names."""

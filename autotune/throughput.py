@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
 from autotune.optimizer import Optimizer
-from autotune.setting import RANDOM, Structure, checkpointing_period
+from autotune.setting import RANDOM, WHOLE, Structure, checkpointing_period
 from autotune.workload import COMPUTE_BYTES, ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
@@ -269,14 +269,18 @@ class MicroStepTime:
 
 
 def predicted_micro_step(
-    profile: ModelProfile, checkpointing: str, rates: Rates, attention: str | None = None
+    profile: ModelProfile,
+    checkpointing: str,
+    rates: Rates,
+    attention: str | None = None,
+    loss: str = WHOLE,
 ) -> MicroStepTime:
     """Return the predicted seconds of a micro-step.
 
     The operators of a pass cost their FLOPs at the measured matrix-multiplication rate, and each
     of them what it takes to start one. Weights in 4 bits are dequantised in every pass.
     """
-    trace = profile.trace(checkpointing, attention)
+    trace = profile.trace(checkpointing, attention, loss)
     a_flop_s = 1 / rates.matmul_flops_per_s
     return MicroStepTime(
         start_s=trace.operators * rates.operator_overhead_s

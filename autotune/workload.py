@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from autotune.optimizer import Optimizer
-from autotune.setting import BY_MODEL
+from autotune.setting import BY_MODEL, WHOLE
 
 Precision = Literal["bf16", "fp16", "fp32"]
 
@@ -199,6 +199,7 @@ class ModelProfile:
         factored_elements: what Adafactor keeps of the trained ones: of a matrix a row and a column.
         attention: of `traces`.
         other_attentions: further attention implementations, each with traces of its own.
+        chunked: traces with the loss in chunks, by attention, where that is asked for.
     """
 
     architecture: str
@@ -218,6 +219,7 @@ class ModelProfile:
     other_attentions: tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...] = ()
     factored_elements: int = 0
     quantised_sizes: tuple[int, ...] = ()
+    chunked: tuple[tuple[str, tuple[tuple[str, Trace], ...]], ...] = ()
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -246,13 +248,14 @@ class ModelProfile:
         """Count the parameters of more elements."""
         return sum(size > elements for size in self.trained_sizes + self.frozen_sizes)
 
-    def trace(self, checkpointing: str, attention: str | None = None) -> Trace:
+    def trace(self, checkpointing: str, attention: str | None = None, loss: str = WHOLE) -> Trace:
         """Return the trace of one way to run the model, by the attention of `traces` unless told.
 
         Raises:
             KeyError: it was not traced.
         """
-        by_attention = {self.attention: self.traces, **dict(self.other_attentions)}
+        whole = {self.attention: self.traces, **dict(self.other_attentions)}
+        by_attention = whole if loss == WHOLE else dict(self.chunked)
         return dict(by_attention[attention or self.attention])[checkpointing]
 
 
@@ -289,6 +292,7 @@ class TrainSpec:
     eval_share: float = 0.0
     save_every_s: float | None = None
     probed_tokens: int | None = None
+    loss: str = WHOLE
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self)}

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import LENGTHS, RATES, make_cluster, make_job, make_profile, plan_for
 
+from autotune.knobs import Pins
 from autotune.plan import Plan, make_plan
 from autotune.setting import Setting
 from autotune.space import enumerate_space
@@ -301,3 +302,20 @@ def test_a_rejected_setting_names_its_rule_and_the_numbers(budget: int, host: in
         assert needed > there
         assert format_bytes(needed) in entry["rejected_by"]["detail"]
         assert format_bytes(there) in entry["rejected_by"]["detail"]
+
+
+def test_a_pinned_loss_is_estimated_by_its_own_trace() -> None:
+    (_, plain), (_, full) = make_profile().traces
+    profile = make_profile(chunked=(("sdpa", (("none", full), ("full", plain))),))
+    pins = Pins.of({"loss": ["whole", "chunked"], "zero_stage": [2]})
+    cluster, job = make_cluster(gpus=2), make_job()
+    space = enumerate_space(cluster, 32, pins=pins)
+    plan = make_plan(space, profile, job, cluster, RATES, DrawnRows.draw(LENGTHS, job.seed))
+    for row in np.flatnonzero(space.column("loss") == "chunked").tolist():
+        setting = space.setting(row)
+        other = {"none": "full", "full": "none"}[setting.structure.checkpointing]
+        like = replace(setting.structure, loss="whole", checkpointing=other)
+        beside = plan.row_of(replace(setting, structure=like))
+        assert beside is not None
+        assert plan.memory.device_bytes[row] == plan.memory.device_bytes[beside]
+        assert plan.step_time_s[row] == plan.step_time_s[beside]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from autotune import builtin
+from autotune.errors import ConfigError
 from autotune.profile import child
 from autotune.profile.request import TraceRequest
 from autotune.workload import ModelProfile
@@ -23,7 +24,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def trace(directory: Path, attention: str = "auto") -> ModelProfile:
+def trace(directory: Path, attention: str = "auto", loss: str = "whole") -> ModelProfile:
     from autotune.profile.trace import trace_model
 
     return trace_model(
@@ -33,6 +34,7 @@ def trace(directory: Path, attention: str = "auto") -> ModelProfile:
             attention=attention,
             precision="fp32",
             device_kind="cpu",
+            loss=loss,
         )
     )
 
@@ -98,6 +100,22 @@ def test_a_forward_and_a_backward_pass_take_six_operations_a_weight(glm_tiny: Mo
     embedding = glm_tiny.vocab_size * glm_tiny.hidden_size
     expected = 6 * (glm_tiny.parameters - embedding)
     assert glm_tiny.trace("none").flops.c1 == pytest.approx(expected, rel=0.01)
+
+
+def test_a_loss_in_chunks_takes_an_eighth_of_the_logits_and_computes_as_much(
+    glm_tiny: ModelProfile,
+) -> None:
+    chunked = trace(builtin.directory("glm-tiny"), loss="chunked")
+    for mode in ("none", "full"):
+        whole, part = glm_tiny.trace(mode), chunked.trace(mode)
+        logits = [max(one.logits_bytes.c1 for one in way.more_rows) for way in (whole, part)]
+        assert logits[1] < logits[0] / 7
+        assert part.flops.c1 == pytest.approx(whole.flops.c1, rel=1e-3)
+
+
+def test_a_model_that_caps_its_logits_has_no_loss_in_chunks(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="loss=whole"):
+        trace(model("gemma2", tmp_path), loss="chunked")
 
 
 def test_values_that_a_model_keeps_do_not_hinder_a_named_gpu(tmp_path: Path) -> None:

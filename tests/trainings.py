@@ -48,10 +48,13 @@ class Workshop:
         zero_stage: int = 0,
         checkpointing: str = "none",
         sampling: str = "random",
+        loss: str = "whole",
         trainer: dict[str, Any] | None = None,
         **spec_changes: Any,  # noqa: ANN401 - fields of a TrainSpec
     ) -> Path:
-        structure = Structure(zero_stage=zero_stage, checkpointing=checkpointing, sampling=sampling)
+        structure = Structure(
+            zero_stage=zero_stage, checkpointing=checkpointing, sampling=sampling, loss=loss
+        )
         setting = structure.with_micro_batch(micro_batch_size, ranks, self.job.global_batch_size)
         cluster = replace(self.cluster, num_devices=ranks)
         spec = emit.train_spec(

@@ -4,8 +4,9 @@ from typing import Any, Protocol
 
 import torch
 
+from autotune.engine.loss import chunk_loss
 from autotune.engine.quantised import how_loaded, in_4_bits, keep_as_stored, quantise
-from autotune.setting import checkpointing_period
+from autotune.setting import CHUNKED, checkpointing_period
 from autotune.workload import ALL_LINEAR, Lora, Precision, TrainSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -22,6 +23,8 @@ class Recipe(Protocol):
     def trust_remote_code(self) -> bool: ...
     @property
     def lora(self) -> Lora | None: ...
+    @property
+    def loss(self) -> str: ...
 
 
 def build_model(spec: TrainSpec, *, load_weights: bool) -> Any:  # noqa: ANN401 - PreTrainedModel
@@ -81,6 +84,8 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
 def _finished(model: Any, recipe: Recipe, checkpointing: str) -> Any:  # noqa: ANN401 - PreTrainedModel
     """Make a model that was built one that is trained."""
     model.config.use_cache = False
+    if recipe.loss == CHUNKED:
+        chunk_loss(model)
     if recipe.lora is not None:
         if recipe.lora.quantised and not in_4_bits(model):
             quantise(model, DTYPES[recipe.precision])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from autotune.hardware import DeviceKind
+from autotune.setting import WHOLE
 from autotune.workload import Lora, Precision
 
 
@@ -24,4 +25,5 @@ class TraceRequest:
     device_kind: DeviceKind
     padded: bool = True
     lora: Lora | None = None
+    loss: str = WHOLE
     checkpointing: tuple[str, ...] = ("none", "full")

@@ -58,6 +58,8 @@ def trace_model(request: TraceRequest) -> ModelProfile:
     _refuse_encoder(config)
     try:
         return _profiled(config, request)
+    except ConfigError:
+        raise
     except Exception as error:
         logging.getLogger(__name__).exception("no trace")
         msg = (

@@ -316,7 +316,7 @@ def _savings(space: Space) -> Iterator[NDArray[Any]]:
         values = space.column(size)
         yield -np.where(values == BY_MODEL, np.inf, values)
     # Of which value of these saves memory nothing is known, so that they have to be the same.
-    for other in ("sampling", "attention"):
+    for other in ("sampling", "attention", "loss"):
         values = _codes(space, other)[space.structure_index]
         yield values
         yield -values
