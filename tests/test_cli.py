@@ -43,6 +43,7 @@ JOB_OPTIONS = DATA_OPTIONS | {
     "--max-seq-length",
     "--epochs",
     "--max-steps",
+    "--optimizer",
     "--learning-rate",
     "--lr-scheduler",
     "--warmup-ratio",
