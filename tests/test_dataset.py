@@ -653,6 +653,13 @@ def test_an_end_that_the_template_leaves_open_is_the_end_of_text_token_and_is_to
         assert codec.notes["ended"] == 1
 
 
+def test_an_open_end_is_closed_where_the_system_message_has_no_place() -> None:
+    tokenizer = build_tokenizer(PICKY.replace("<|im_end|>", ""))
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    row = tokenize(conversation(TWO_TURNS), tokenizer)
+    assert trained_texts(row, tokenizer)[-1] == "See you 👋\n<|im_end|>"
+
+
 def test_what_a_tool_says_is_missed_even_if_an_answer_repeats_it() -> None:
     deaf = PLAIN.replace("in messages %}", "in messages if m.role != 'tool' %}")
     turns: list[dict[str, Any]] = [

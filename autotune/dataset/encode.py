@@ -179,11 +179,12 @@ class TemplateCodec:
             self.notes["system_folded"] += 1
         if template.unwritten_calls(conversation):
             self.notes["calls_as_text"] += 1
-        samples = self._shapes.samples(template.fitted(conversation))
+        fitted = template.fitted(conversation)
+        samples = self._shapes.samples(fitted)
         if len(samples) > 1:
             self.notes["split"] += 1
         if not template.marks_end and self._tokenizer.eos_token is not None:
-            samples = [self._ended(sample, conversation) for sample in samples]
+            samples = [self._ended(sample, fitted) for sample in samples]
         if not conversation.is_plain:
             self._note_losses(conversation, samples, template)
         return samples
