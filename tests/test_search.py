@@ -1,6 +1,6 @@
 """What the search wants next, and how Optuna sees it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import optuna
 import pytest
@@ -10,7 +10,7 @@ from records import as_rung, exact, make_cluster, make_job, measured, plan_for
 
 from autotune.outcome import Crashed, Interrupted, Outcome, OutOfMemory, Rung
 from autotune.plan import Plan
-from autotune.setting import Setting, Structure
+from autotune.setting import RANDOM, REBALANCE, Setting, Structure
 from autotune.tune.search import (
     OUTCOMES,
     PriorSampler,
@@ -64,6 +64,21 @@ def test_where_that_does_not_fit_the_default_is_what_needs_least() -> None:
     row = plan.row_of(default)
     assert default != setting(PLAIN, 1)
     assert plan.memory.device_bytes[row] == plan.memory.device_bytes.min()
+
+
+def test_rows_of_the_default_are_taken_as_they_are_drawn() -> None:
+    tight = plan_with(16)
+    split = tuple(replace(one, sampling=REBALANCE) for one in tight.space.structures)
+    smallest = default_setting(tight).structure
+    # Split by length, the least of all settings; and where all are, one of them.
+    only = replace(tight, space=replace(tight.space, structures=split))
+    assert default_setting(only).structure.sampling == REBALANCE
+    mixed = tuple(
+        other if one == smallest else one
+        for one, other in zip(tight.space.structures, split, strict=True)
+    )
+    some = replace(tight, space=replace(tight.space, structures=mixed))
+    assert default_setting(some).structure.sampling == RANDOM
 
 
 def test_the_defaults_structure_is_probed_first() -> None:

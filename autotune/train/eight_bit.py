@@ -20,13 +20,15 @@ def holds(state: Mapping[str, Any] | None) -> bool:
     return bool(state) and "state1" in (state or {})
 
 
-def make(optimizer: Any, step: int) -> None:  # noqa: ANN401 - an Optimizer
-    """Make the moments that the optimizer would make at its first update."""
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, flat in enumerate(group["params"]):
-            if not optimizer.state.get(flat):
-                optimizer.init_state(group, flat, group_index, index)
-            optimizer.state[flat]["step"] = step
+def make(optimizer: Any, flats: Sequence[torch.Tensor], step: int) -> None:  # noqa: ANN401 - an Optimizer
+    """Make the moments that the optimizer would make at its first update of these tensors.
+
+    They are of its only group, which between updates of ZeRO 3 does not hold them.
+    """
+    for index, flat in enumerate(flats):
+        if not optimizer.state.get(flat):
+            optimizer.init_state(optimizer.param_groups[0], flat, 0, index)
+        optimizer.state[flat]["step"] = step
 
 
 def widen(state: dict[str, Any], keys: Sequence[str]) -> None:

@@ -129,7 +129,7 @@ class EngineState:
     def make_moments(self, step: int) -> None:
         """Make the states that the optimizer would make at its first update."""
         if eight_bit.updates_in(self._inner):
-            eight_bit.make(self._inner, step)
+            eight_bit.make(self._inner, self._flats(), step)
             return
         by_torch = isinstance(self._inner, torch.optim.AdamW | torch.optim.Adafactor)
         for flat in self._flats():

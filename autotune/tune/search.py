@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.errors import ConfigError
 from autotune.outcome import Interrupted, Measured, Rung
 from autotune.plan import Plan
-from autotune.setting import Setting, Structure
+from autotune.setting import RANDOM, Setting, Structure
 from autotune.tune.beliefs import in_one, update
 from autotune.tune.finals import finals
 
@@ -299,8 +299,13 @@ def _speed(rung: Rung) -> float:
 
 
 def default_setting(plan: Plan) -> Setting:
-    """Return what a user would start with: one row a micro-step, no ZeRO, or the smallest kept."""
-    needs = np.where(plan.kept, plan.memory.device_bytes, np.inf)
+    """Return what a user would start with: one row a micro-step, no ZeRO, or the smallest kept.
+
+    Rows are taken as they are drawn, unless all of the plan is split by length.
+    """
+    as_drawn = plan.kept & (plan.space.column("sampling") == RANDOM)
+    usual = as_drawn if as_drawn.any() else plan.kept
+    needs = np.where(usual, plan.memory.device_bytes, np.inf)
     smallest = plan.space.setting(int(np.argmin(needs)))
     attention = smallest.structure.attention
     plain = Structure(zero_stage=0, attention=attention).with_micro_batch(

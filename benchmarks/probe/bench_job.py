@@ -67,6 +67,7 @@ def prepare(
         cluster=question.cluster,
         profile=workload.profile,
         lengths_of_rows=workload.lengths,
+        rebalanced=workload.drawn.rebalanced,
         dataset_dir=directory / "dataset",
         scratch_dir=directory,
         total_steps=100,
