@@ -25,10 +25,15 @@ def make(optimizer: Any, flats: Sequence[torch.Tensor], step: int) -> None:  # n
 
     They are of its only group, which between updates of ZeRO 3 does not hold them.
     """
-    for index, flat in enumerate(flats):
+    group = optimizer.param_groups[0]
+    held = group["params"]
+    for flat in flats:
+        # As DeepSpeed does for an update.
+        group["params"] = [flat]
         if not optimizer.state.get(flat):
-            optimizer.init_state(optimizer.param_groups[0], flat, 0, index)
+            optimizer.init_state(group, flat, 0, 0)
         optimizer.state[flat]["step"] = step
+    group["params"] = held
 
 
 def widen(state: dict[str, Any], keys: Sequence[str]) -> None:
