@@ -149,6 +149,53 @@ def test_memory_beyond_the_cap_is_out_of_memory(site: JobSite, tmp_path: Path) -
     assert live_ranks() == []
 
 
+@SLOW
+def test_memory_that_runs_out_in_one_rank_is_out_of_memory_of_both(
+    site: JobSite, tmp_path: Path
+) -> None:
+    answers = climb(request_of(site, [1, 8]), tmp_path)
+    _, victim = after_the_first_rung(answers)
+    _, hard = victim.rlimit(psutil.RLIMIT_DATA)
+    victim.rlimit(psutil.RLIMIT_DATA, (victim.memory_info().data + 20 * MIB, hard))
+
+    outcome = failure(answers)
+
+    assert isinstance(outcome, OutOfMemory)
+    assert outcome.where == "device"
+
+
+QUITS = """
+import os
+
+from transformers import GlmForCausalLM
+
+
+class Quits(GlmForCausalLM):
+    def forward(self, *args, **kwargs):
+        os._exit({code})
+"""
+
+
+@SLOW
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_that_goes_without_a_word_is_a_crash(
+    site: JobSite, tmp_path: Path, code: int
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(builtin.directory("glm-tiny"), model)
+    config = json.loads((model / "config.json").read_text())
+    quits = {"auto_map": {"AutoModelForCausalLM": "modeling_quits.Quits"}}
+    (model / "config.json").write_text(json.dumps(config | quits))
+    (model / "modeling_quits.py").write_text(QUITS.format(code=code))
+    request = request_of(site, [1])
+    spec = replace(request.spec, model_dir=str(model), trust_remote_code=True)
+
+    outcome = failure(climb(replace(request, spec=spec), tmp_path / "logs"))
+
+    assert isinstance(outcome, Crashed)
+    assert list(temporary_dir().glob("probe-*")) == []
+
+
 def test_closing_the_answers_leaves_no_rank(site: JobSite, tmp_path: Path) -> None:
     answers = climb(request_of(site, [1, 8]), tmp_path)
     after_the_first_rung(answers)
