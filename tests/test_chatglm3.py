@@ -71,7 +71,7 @@ def test_eight_3090s_have_room_with_zero_3(profile: ModelProfile) -> None:
 
 
 def test_memory_grows_linearly_in_length(profile: ModelProfile) -> None:
-    lengths = np.array([1280, 3584, 5888, 8192])
+    lengths = (1280, 3584, 5888, 8192)
     grown = np.array(
         [estimate(profile, on("8xA100-80GB"), length)[1].allocated_bytes for length in lengths]
     )
