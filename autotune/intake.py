@@ -448,7 +448,9 @@ def _rebalanced(
         # Divisors of what a rank has are its micro-batch sizes and its numbers of micro-steps.
         accumulations=micro_batch_sizes(job.global_batch_size, ranks),
         seed=job.seed,
-        epochs=math.ceil(job.epochs),
+        epochs=math.ceil(
+            job.max_steps * job.global_batch_size / len(lengths) if job.max_steps else job.epochs
+        ),
     )
 
 

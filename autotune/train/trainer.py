@@ -32,6 +32,7 @@ class ResumableTrainer(TunedTrainer):
     probed_tokens: float = math.inf
     shape: StepShape | None = None
     _step_started: float = 0.0
+    _saved_step: int | None = None
     _batches: GlobalBatches | None = None
 
     def step_seconds(self) -> float:
@@ -73,7 +74,8 @@ class ResumableTrainer(TunedTrainer):
         self.shape = self._batches.shape_of(self.state.global_step)
         if self.shape.largest_micro_batch > self.probed_tokens:
             self.probed_tokens = self.shape.largest_micro_batch
-            if not complete_checkpoint(Path(self.args.output_dir), self.state.global_step):
+            # Every rank has to decide alike, and one may look for a file before another writes it.
+            if self._saved_step != self.state.global_step:
                 self._save_checkpoint(self.model, None)
                 self._step_started = time.perf_counter()
         return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[no-any-return] # the Trainer has no types
@@ -131,6 +133,7 @@ class ResumableTrainer(TunedTrainer):
     ) -> tuple[Any, Any]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
+            self._saved_step = step_of(Path(resume_from_checkpoint))
             # What is read in passing is the host's affair.
             with self.uncapped():
                 load_state(self.deepspeed, self._schedule, Path(resume_from_checkpoint))
@@ -156,6 +159,7 @@ class ResumableTrainer(TunedTrainer):
         finally:
             self.args.save_total_limit = keep
         torch.distributed.barrier()
+        self._saved_step = self.state.global_step
         if self.is_world_process_zero():
             directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             write_text(directory / COMPLETE, "")
@@ -170,12 +174,12 @@ class ResumableTrainer(TunedTrainer):
         return self.memory_cap.lifted() if self.memory_cap else nullcontext()
 
 
-def complete_checkpoint(output_dir: Path, step: int) -> bool:
-    """Tell whether there is a complete checkpoint of a step."""
-    return (output_dir / f"checkpoint-{step}" / COMPLETE).exists()
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was saved."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """Return the latest checkpoint that is complete; one that was cut short cannot be loaded."""
     complete = [path.parent for path in output_dir.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(complete, key=step_of, default=None)
