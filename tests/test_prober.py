@@ -15,7 +15,7 @@ from conftest import write_rows
 
 from autotune import builtin, intake
 from autotune.config import Layer, resolve
-from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut
+from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut, Unknown
 from autotune.probe.deadlines import Deadline, Deadlines
 from autotune.probe.local import LocalProber
 from autotune.probe.protocol import PHASES, ProbeRequest, RungFailure, RungMeasurement
@@ -178,7 +178,7 @@ class Quits(GlmForCausalLM):
 
 @SLOW
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_rank_that_goes_without_a_word_is_a_crash(
+def test_a_rank_that_goes_without_a_word_is_no_known_death(
     site: JobSite, tmp_path: Path, code: int
 ) -> None:
     model = tmp_path / "model"
@@ -192,7 +192,8 @@ def test_a_rank_that_goes_without_a_word_is_a_crash(
 
     outcome = failure(climb(replace(request, spec=spec), tmp_path / "logs"))
 
-    assert isinstance(outcome, Crashed)
+    assert isinstance(outcome, Unknown)
+    assert outcome.exit_code == code
     assert list(temporary_dir().glob("probe-*")) == []
 
 
