@@ -112,7 +112,12 @@ def start(
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
-    """Start a module-level function in a process of its own; its output goes to the file `log`."""
+    """Start a module-level function in a process of its own; its output goes to the file `log`.
+
+    The server has been started: one that multiprocessing starts by itself has imported nothing, and
+    what a rank imports then counts as its memory.
+    """
+    assert _server_environment, "start_server comes first"
     context = multiprocessing.get_context("forkserver")
     process = context.Process(
         target=_enter, args=(function, args, str(log), dict(environment or {})), daemon=True

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from autotune import processes
+from autotune.environment import rank_environment
+
 REPOSITORY = Path(__file__).parent.parent
 QUICKSTART = REPOSITORY / "examples" / "quickstart" / "data.jsonl"
 
@@ -31,6 +34,12 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def server(_environment: None) -> None:
+    """Start the server that processes are forked from, as every command that needs one does."""
+    processes.start_server(rank_environment("cpu", ()))
 
 
 def autotune(

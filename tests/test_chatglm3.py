@@ -17,6 +17,8 @@ from autotune.workload import ModelProfile
 
 PRESET = Path(__file__).parent.parent / "configs" / "models" / "chatglm3-6b"
 
+pytestmark = pytest.mark.usefixtures("server")
+
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> ModelProfile:

@@ -138,6 +138,7 @@ def test_a_missing_package_is_refused_before_anything(monkeypatch: pytest.Monkey
         intake.require_installed(options(method="qlora"), here=False)
 
 
+@pytest.mark.usefixtures("server")
 def test_what_does_not_work_on_the_device_is_refused_in_a_sentence(tmp_path: Path) -> None:
     from autotune.profile.child import check_quantising
 

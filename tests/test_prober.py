@@ -21,6 +21,7 @@ from autotune.probe.local import LocalProber
 from autotune.probe.protocol import PHASES, ProbeRequest, RungFailure, RungMeasurement
 from autotune.processes import temporary_dir
 from autotune.setting import REBALANCE, Structure
+from autotune.space import Space
 from autotune.tune.site import JobSite
 
 RANKS, GLOBAL_BATCH = 2, 16
@@ -30,28 +31,34 @@ SLOW = pytest.mark.slow
 Answers = Generator[RungMeasurement | RungFailure]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> JobSite:
-    """Return a job on two ranks whose rows are some 150 tokens long."""
-    directory = tmp_path_factory.mktemp("site")
-    pairs = [
-        (f"Count on from {first}.", " ".join(map(str, range(first, first + 50))))
-        for first in range(100, 124)
-    ]
+def site_of(directory: Path, pairs: Sequence[tuple[str, str]]) -> tuple[JobSite, Space]:
+    """Return a job on two ranks and what can be set for it."""
     data = write_rows(directory / "data.jsonl", pairs)
     given = {"dataset": data, "devices": RANKS, "global_batch_size": GLOBAL_BATCH}
     question = intake.ask(resolve([Layer("test", {k: str(v) for k, v in given.items()})]))
     intake.start_processes(question)
     workload = intake.look_into(question, dataset_dir=directory / "dataset", logs=directory)
-    return JobSite(
+    site = JobSite(
         job=workload.job,
         cluster=question.cluster,
         profile=workload.profile,
         lengths_of_rows=workload.lengths,
+        rebalanced=workload.drawn.rebalanced,
         dataset_dir=directory / "dataset",
         scratch_dir=directory,
         total_steps=4,
     )
+    return site, workload.plan.space
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> JobSite:
+    """Return a job whose rows are some 150 tokens long."""
+    pairs = [
+        (f"Count on from {first}.", " ".join(map(str, range(first, first + 50))))
+        for first in range(100, 124)
+    ]
+    return site_of(tmp_path_factory.mktemp("site"), pairs)[0]
 
 
 def request_of(site: JobSite, sizes: Sequence[int], zero_stage: int = 0) -> ProbeRequest:
@@ -337,23 +344,9 @@ def test_micro_batches_of_unlike_many_rows_are_measured_as_the_sampler_makes_the
         (f"Count on from {first}.", " ".join(map(str, range(first, first + first % 90))))
         for first in range(100, 180)
     ]
-    data = write_rows(tmp_path / "data.jsonl", pairs)
-    given = {"dataset": data, "devices": RANKS, "global_batch_size": GLOBAL_BATCH}
-    question = intake.ask(resolve([Layer("test", {k: str(v) for k, v in given.items()})]))
-    intake.start_processes(question)
-    workload = intake.look_into(question, dataset_dir=tmp_path / "dataset", logs=tmp_path)
+    site, space = site_of(tmp_path, pairs)
     split = Structure(zero_stage=2, sampling=REBALANCE)
-    assert split in workload.plan.space.structures
-    site = JobSite(
-        job=workload.job,
-        cluster=question.cluster,
-        profile=workload.profile,
-        lengths_of_rows=workload.lengths,
-        rebalanced=workload.drawn.rebalanced,
-        dataset_dir=tmp_path / "dataset",
-        scratch_dir=tmp_path,
-        total_steps=4,
-    )
+    assert split in space.structures
     ladder = [split.with_micro_batch(size, RANKS, GLOBAL_BATCH) for size in (2, 4)]
     request = site.request(ladder)
     sizes = {len(rows) for rung in request.rungs for _, rows in rung.timed_rows}

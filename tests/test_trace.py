@@ -118,6 +118,7 @@ def test_a_model_that_caps_its_logits_has_no_loss_in_chunks(tmp_path: Path) -> N
         trace(model("gemma2", tmp_path), loss="chunked")
 
 
+@pytest.mark.usefixtures("server")
 def test_values_that_a_model_keeps_do_not_hinder_a_named_gpu(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -142,6 +143,7 @@ def _is_ended(_answer: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("server")
 def test_a_process_that_a_signal_ended_is_said_to_be(tmp_path: Path) -> None:
     (answer,) = child._ask_each(_is_ended, [()], [tmp_path / "log"])
     assert answer["error"] == "the process ended with SIGKILL: it left no output"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from gloo_ranks import real_runs
 
-from autotune import builtin, emit, environment, processes
+from autotune import builtin, emit
 from autotune.errors import VirtualRunUnavailableError
 from autotune.hardware import Cluster, Host
 from autotune.memory import gpu_runtime_bytes
@@ -77,11 +77,7 @@ GRID = [
     Case(model="llama", stage=3, checkpointing="every-2"),
 ]
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _server() -> None:
-    processes.start_server(environment.rank_environment("cpu", ()))
-
+pytestmark = pytest.mark.usefixtures("server")
 
 CLUSTER = Cluster(
     kind="cpu",
