@@ -17,6 +17,7 @@ from autotune import builtin, intake
 from autotune.config import Layer, resolve
 from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut, Unknown
 from autotune.probe.deadlines import Deadline, Deadlines
+from autotune.probe.launch import ColdLauncher, Launcher
 from autotune.probe.local import LocalProber
 from autotune.probe.protocol import PHASES, ProbeRequest, RungFailure, RungMeasurement
 from autotune.processes import temporary_dir
@@ -66,8 +67,13 @@ def request_of(site: JobSite, sizes: Sequence[int], zero_stage: int = 0) -> Prob
     return site.request([structure.with_micro_batch(m, RANKS, GLOBAL_BATCH) for m in sizes])
 
 
-def climb(request: ProbeRequest, logs: Path, deadlines: Deadlines | None = None) -> Answers:
-    return LocalProber(logs, deadlines=deadlines).probe(request)
+def climb(
+    request: ProbeRequest,
+    logs: Path,
+    deadlines: Deadlines | None = None,
+    launcher: Launcher | None = None,
+) -> Answers:
+    return LocalProber(logs, deadlines=deadlines, launcher=launcher).probe(request)
 
 
 def silent_for(seconds: float) -> Deadlines:
@@ -106,8 +112,8 @@ def failure(answers: Answers) -> Outcome:
     return last.outcome
 
 
-def peaks(request: ProbeRequest, logs: Path) -> dict[int, int]:
-    answers = list(climb(request, logs))
+def peaks(request: ProbeRequest, logs: Path, launcher: Launcher | None = None) -> dict[int, int]:
+    answers = list(climb(request, logs, launcher=launcher))
     assert all(isinstance(answer, RungMeasurement) for answer in answers), answers
     return {
         answer.micro_batch_size: answer.peak_bytes
@@ -116,11 +122,11 @@ def peaks(request: ProbeRequest, logs: Path) -> dict[int, int]:
     }
 
 
-def test_the_memory_of_a_rung_is_not_that_of_a_larger_one_before(
+def test_the_memory_of_a_rung_is_not_that_of_a_larger_one_before_nor_of_what_a_rank_imports(
     site: JobSite, tmp_path: Path
 ) -> None:
     falling = peaks(request_of(site, [8, 1]), tmp_path / "falling")
-    alone = peaks(request_of(site, [1]), tmp_path / "alone")
+    alone = peaks(request_of(site, [1]), tmp_path / "alone", ColdLauncher())
 
     assert falling[8] > falling[1] + 40 * MIB
     assert falling[1] == pytest.approx(alone[1], rel=0.25)

@@ -8,12 +8,15 @@ import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autotune.engine.device import MemoryMeter, enter_rank, open_device, synchronize
 from autotune.engine.ops import load_ops, needed_ops
 from autotune.probe.protocol import ProbeRequest, RungMeasurement, RungPlan, rung_phase
 from autotune.probe.settle import settled
+
+if TYPE_CHECKING:
+    from autotune.engine.trainer import TunedTrainer
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _BEAT_S = 1.0
@@ -76,6 +79,9 @@ def _first_lines(text: str, limit: int = 600) -> str:
 
 def _climb(request: ProbeRequest, rank: int, store: str | None, answer: Answer) -> None:
     answer.write("phase", phase="start")
+    # What a cold process imports after the baseline is read would count as memory of the model.
+    from autotune.engine.trainer import build_trainer
+
     open_device(int(os.environ["LOCAL_RANK"]))
     load_ops(needed_ops(request.spec.device_kind, request.ds_config))
     answer.write("phase", phase="meet")
@@ -84,7 +90,8 @@ def _climb(request: ProbeRequest, rank: int, store: str | None, answer: Answer) 
     spec = request.spec
     meter, _ = enter_rank(spec.device_kind, spec.device_memory_bytes, spec.threads_per_rank)
     answer.write("phase", phase="build")
-    ladder = Ladder(request, meter)
+    trainer = build_trainer(spec, request.ds_config, load_weights=False)
+    ladder = Ladder(request, trainer, meter)
     for rung in request.rungs:
         answer.write("phase", phase=rung_phase(rung))
         answer.write("rung", **ladder.measure(rung).to_json())
@@ -107,12 +114,10 @@ def _join_process_group(request: ProbeRequest, rank: int, store: str) -> None:
 class Ladder:
     """The engine of a structure and the micro-steps that a rung takes."""
 
-    def __init__(self, request: ProbeRequest, meter: MemoryMeter) -> None:
-        from autotune.engine.trainer import build_trainer
-
+    def __init__(self, request: ProbeRequest, trainer: "TunedTrainer", meter: MemoryMeter) -> None:
         self._meter = meter
         self._ranks = request.ranks
-        self._trainer = build_trainer(request.spec, request.ds_config, load_weights=False)
+        self._trainer = trainer
         self._trainer.prepare_engine(request.total_steps)
         # The first update makes the optimizer's states, and ZeRO 3 learns the order of the layers.
         shortest = request.rungs[0].timed_rows[0][1]
