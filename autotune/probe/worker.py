@@ -1,5 +1,6 @@
 """What a rank of a probe does: build the engine once, then climb the ladder."""
 
+import gc
 import json
 import os
 import threading
@@ -122,6 +123,8 @@ class Ladder:
         # The first update makes the optimizer's states, and ZeRO 3 learns the order of the layers.
         shortest = request.rungs[0].timed_rows[0][1]
         self._step(shortest, request.rungs[0], boundary=True)
+        # As the training does.
+        gc.freeze()
 
     def measure(self, rung: RungPlan) -> RungMeasurement:
         started = time.perf_counter()
