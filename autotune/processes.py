@@ -9,6 +9,7 @@ import faulthandler
 import functools
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import shutil
@@ -24,6 +25,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from autotune import session
 
@@ -82,8 +85,26 @@ def start_server(environment: Mapping[str, str]) -> None:
     multiprocessing.set_forkserver_preload(list(_PRELOADED))
     _keep_sockets_in(temporary_dir())
     _server_environment.update(environment, TMPDIR=str(temporary_dir()))
+    before = psutil.Process().children()
     with _environment(_server_environment):
         multiprocessing.forkserver.ensure_running()
+    if helpers := [one for one in psutil.Process().children() if one not in before]:
+        # After multiprocessing has ended the processes that are left, before their directory goes.
+        multiprocessing.util.Finalize(None, _end_helpers, args=(helpers,), exitpriority=-150)
+
+
+def _end_helpers(helpers: Sequence[psutil.Process]) -> None:
+    """End the server and multiprocessing's tracker of resources, which else outlive this process.
+
+    The server ends by the signal. The tracker takes none: it ends when nobody can tell it anything
+    any more.
+    """
+    for helper in helpers:
+        with suppress(psutil.NoSuchProcess):
+            helper.terminate()
+    # Python has no public end for it.
+    multiprocessing.resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined] # noqa: SLF001
+    psutil.wait_procs(helpers, timeout=_TERMINATE_GRACE_S)
 
 
 def _keep_sockets_in(directory: Path) -> None:
