@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import psutil
 import pytest
 from conftest import autotune
 
+RANKS = 2
 JOB = ("--devices", "2", "--global-batch-size", "16", "--max-probes", "2", "--max-steps", "12")
 LIMIT_S = 240
 _MARK = "AUTOTUNE_TEST_RUN"
@@ -65,12 +67,21 @@ class Controller:
         _, stderr = self.process.communicate(timeout=30)
         return stderr
 
-    def finish(self) -> None:
-        _, stderr = self.process.communicate(timeout=LIMIT_S)
+    def finish(self, limit_s: float = LIMIT_S) -> None:
+        _, stderr = self.process.communicate(timeout=limit_s)
         assert self.process.returncode == 0, stderr
 
     def members(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if self._is_member(process)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the processes of a probe: forked from the server, each leads a session."""
+        ranks = []
+        for member in self.members():
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(member.pid) == member.pid and "forkserver" in str(member.cmdline()):
+                    ranks.append(member)
+        return sorted(ranks, key=lambda rank: rank.pid)
 
     def _is_member(self, process: psutil.Process) -> bool:
         try:
@@ -230,6 +241,39 @@ def test_it_goes_on_after_sigterm_while_probing_and_sigint_while_training(
     controller.start_again()
     controller.finish()
     assert_finished_without_repeating(controller)
+
+
+def spoil_an_answer(controller: Controller) -> None:
+    (answer, *_) = controller.temporary.rglob("probe-*/rank-1.jsonl")
+    with answer.open("ab") as file:
+        file.write(b"\x00garbage\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(lambda run: run.ranks()[-1].kill(), id="killed"),
+        pytest.param(lambda run: run.ranks()[-1].suspend(), id="hung"),
+        pytest.param(spoil_an_answer, id="garbled"),
+    ],
+)
+def test_a_rank_that_comes_to_harm_costs_a_rung_and_not_the_run(
+    controller: Controller, harm: Callable[[Controller], None]
+) -> None:
+    controller.wait_for(lambda: len(controller.ranks()) == RANKS and bool(controller.rungs()))
+    harm(controller)
+    # A hang is one after two minutes of silence.
+    controller.finish(120 + LIMIT_S)
+    kinds = {rung["outcome"]["kind"] for rung in controller.rungs()}
+    assert kinds & {"crashed", "timed_out", "out_of_memory", "unknown"}
+    assert controller.leftovers() == []
+
+    controller.start_again()
+    controller.finish()
+    assert controller.document("result.json")["exit_reason"] == "trained"
+    assert controller.leftovers() == []
 
 
 @pytest.mark.slow
