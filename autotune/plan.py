@@ -71,12 +71,12 @@ class Plan:
 
     @property
     def kept(self) -> Bools:
-        """Whether a setting may fit, the estimate's tolerance granted."""
-        return self.may_fit(self.memory.device_bytes)
+        """Whether a setting may fit, the estimate's tolerance granted, and is not outdone."""
+        return self.may_fit(self.memory.device_bytes) & ~self._outdone.any_rule
 
     def may_fit(self, device_bytes: Floats) -> Bools:
         """Whether settings that need so much of a device may fit, the tolerance granted."""
-        return self._within(_GRANTED, device_bytes) & ~self.outdone
+        return self._within(_GRANTED, device_bytes)
 
     def _within(self, granted: float, device_bytes: Floats) -> Bools:
         host_bytes = self.memory.host_bytes * self.space.ranks
@@ -89,11 +89,6 @@ class Plan:
     def surely_fits(self) -> Bools:
         """Whether a setting fits even if the estimate is too low by the tolerance."""
         return self._within(1 / _GRANTED, self.memory.device_bytes)
-
-    @property
-    def outdone(self) -> Bools:
-        """Whether a setting saves memory that need not be saved, and is slower for it."""
-        return self._outdone.any_rule
 
     @property
     def _outdone(self) -> Outdone:

@@ -51,6 +51,11 @@ def checkpointing_period(checkpointing: str) -> int:
     return int(every[1])
 
 
+def recomputed_share(checkpointing: str) -> float:
+    """Return the share of the layers that recompute their activations, of very many layers."""
+    return 0.0 if checkpointing == "none" else 1 / checkpointing_period(checkpointing)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Structure:
     """The knobs of a process; docs/knobs.md says what each is for.

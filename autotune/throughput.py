@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
 from autotune.optimizer import Optimizer
-from autotune.setting import RANDOM, WHOLE, Structure, checkpointing_period
+from autotune.setting import RANDOM, WHOLE, Structure, recomputed_share
 from autotune.workload import COMPUTE_BYTES, ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
@@ -386,7 +386,7 @@ def _dequantisation_s(profile: ModelProfile, checkpointing: str, rates: Rates) -
 
     In the forward and the backward pass, and once more in layers that recompute.
     """
-    recomputed = 0.0 if checkpointing == "none" else 1 / checkpointing_period(checkpointing)
+    recomputed = recomputed_share(checkpointing)
     bytes_ = (0.5 + COMPUTE_BYTES[profile.precision]) * sum(profile.quantised_sizes)
     return (2 + recomputed) * bytes_ / rates.memory_bytes_per_s
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from records import as_rung, make_cluster, make_job, measured, plan_for
+from records import as_rung, make_cluster, make_job, make_profile, measured, plan_for
 
 from autotune.outcome import (
     Crashed,
@@ -19,8 +19,9 @@ from autotune.outcome import (
     TimedOut,
     Unknown,
 )
+from autotune.partial_checkpointing import with_partial_checkpointing
 from autotune.plan import Plan
-from autotune.setting import Setting, Structure
+from autotune.setting import Setting, Structure, recomputed_share
 from autotune.throughput import Floats
 from autotune.tune.beliefs import Beliefs, update
 from autotune.units import GIB
@@ -69,12 +70,20 @@ def corrections(beliefs: Beliefs) -> Floats:
     return factors
 
 
-def test_before_any_outcome_the_plan_is_believed() -> None:
+def test_before_any_outcome_the_plan_is_believed_but_for_work_that_is_added() -> None:
     beliefs = after()
-    assert corrections(beliefs) == pytest.approx(np.ones(len(PLAN.space)))
+    column = PLAN.space.column
+    recomputed = np.array([recomputed_share(mode) for mode in column("checkpointing")])
+    added = (
+        recomputed + (column("offload_optimizer") != "none") + (column("offload_param") != "none")
+    )
+    factors = corrections(beliefs)
+    assert factors[added == 0] == pytest.approx(1.0)
+    by_work = [set(factors[added == work].round(9)) for work in np.unique(added)]
+    assert by_work == sorted(by_work, key=max, reverse=True), "the more work, the slower"
     assert (beliefs.log_sd > 0.5).all()
     assert beliefs.possible.all()
-    assert (beliefs.open_rows == PLAN.kept).all()
+    assert (beliefs.open_rows == PLAN.may_fit(PLAN.memory.device_bytes)).all()
     assert beliefs.best_tokens_per_s == 0
 
 
@@ -87,8 +96,11 @@ def test_what_was_measured_is_believed_nearly_as_measured(row: int, speed: float
 
 @given(rows, st.floats(1.2, 5.0))
 def test_a_slow_machine_is_expected_to_be_slow_for_every_setting(row: int, factor: float) -> None:
-    assert (corrections(after(as_estimated(row, speed=1 / factor))) < 1).all()
-    assert (corrections(after(as_estimated(row, speed=factor))) > 1).all()
+    before = corrections(after())
+    slow = corrections(after(as_estimated(row, speed=before[row] / factor)))
+    fast = corrections(after(as_estimated(row, speed=before[row] * factor)))
+    assert (slow < before).all()
+    assert (fast > before).all()
 
 
 def test_a_knob_that_disappoints_is_blamed_where_it_is_turned() -> None:
@@ -96,6 +108,22 @@ def test_a_knob_that_disappoints_is_blamed_where_it_is_turned() -> None:
     factors = corrections(after(as_estimated(plain), as_estimated(full, speed=0.5)))
     is_full = PLAN.space.column("checkpointing") == "full"
     assert factors[is_full].max() < factors[~is_full].min()
+
+
+def test_what_checkpointing_costs_beyond_its_estimate_is_halved_for_every_second_layer() -> None:
+    plan = with_partial_checkpointing(PLAN, ("every-2", "every-4"), make_profile().num_layers)
+    modes = ("none", "every-4", "every-2", "full")
+    plain = Structure(zero_stage=1)
+    structures = [replace(plain, checkpointing=mode) for mode in modes]
+    at = [plan.row_of(structure.with_micro_batch(2, 4, 64)) for structure in structures]
+    rungs = [
+        as_rung(plan.space.setting(row), measured(factor * float(plan.tokens_per_s[row])))
+        for row, factor in ((at[0], 1.0), (at[3], 0.6))
+    ]
+    beliefs = update(plan, rungs)
+    errors = (beliefs.log_tokens_per_s - np.log(plan.tokens_per_s))[at]
+    assert errors[2] == pytest.approx((errors[0] + errors[3]) / 2, abs=0.05)
+    assert errors[3] < errors[2] < errors[1] < errors[0]
 
 
 @given(st.lists(rows, min_size=1, max_size=6, unique=True))
@@ -115,7 +143,8 @@ def test_the_order_of_outcomes_does_not_matter(tried: Sequence[int]) -> None:
 
 def test_over_nothing_the_improvement_is_the_expected_speed_of_what_fits() -> None:
     beliefs = after()
-    expected = np.where(PLAN.kept, PLAN.tokens_per_s * beliefs.fit_probability, 0.0)
+    believed = np.exp(beliefs.log_tokens_per_s) * beliefs.fit_probability
+    expected = np.where(PLAN.may_fit(PLAN.memory.device_bytes), believed, 0.0)
     assert beliefs.expected_improvement() == pytest.approx(expected)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from autotune.outcome import Interrupted, Measured, Outcome, OutOfMemory, Rung
 from autotune.plan import Plan
-from autotune.setting import BY_MODEL, Structure, checkpointing_period
+from autotune.setting import BY_MODEL, Structure, recomputed_share
 from autotune.space import Space
 
 Floats = NDArray[np.float64]
@@ -34,18 +34,28 @@ class Priors:
         machine: for all settings alike.
         knobs: for one value of a knob against another.
         minor_knobs: the same for knobs that are not named there: how a structure communicates.
+        start: for one row a micro-step, against very many: what each micro-step takes whatever its
+            rows are weighs the less, the more these are, in inverse proportion.
+        start_by_stage: how far that may be something else at another ZeRO stage, which talks in
+            another way in each micro-step.
         size: for a doubling of the micro-batch size.
-        size_by_knob: how far that may mean something else with another value of these knobs. What
-            a stage talks in each micro-step weighs the more, the smaller those are.
-        structure: what the knobs of a structure do together that each alone does not.
+        size_by_stage: how far that may be something else at another ZeRO stage.
+        added_work: for what adds work to a step: recomputing all layers (a part of them does that
+            part of it), offloading the optimizer, offloading parameters.
+        added_work_mean: what is expected of each of them; they cost more than estimated.
+        structure: what the knobs named above do together that each alone does not.
         noise: what none of these explains, measurement noise included.
     """
 
     machine: float
     knobs: Mapping[str, float]
     minor_knobs: float
+    start: float
+    start_by_stage: float
     size: float
-    size_by_knob: Mapping[str, float]
+    size_by_stage: float
+    added_work: float
+    added_work_mean: float
     structure: float
     noise: float
 
@@ -57,16 +67,21 @@ _SPEED = Priors(
     machine=1.0,
     knobs={
         "zero_stage": 0.25,
-        "offload_optimizer": 0.25,
-        "offload_param": 0.25,
-        "checkpointing": 0.25,
+        "offload_optimizer": 0.02,
+        "offload_param": 0.02,
+        "checkpointing": 0.02,
         "attention": 0.25,
         # Its micro-steps are computed alike.
         "sampling": 0.03,
     },
     minor_knobs=0.03,
-    size=0.1,
-    size_by_knob={"zero_stage": 0.15, "checkpointing": 0.03},
+    start=0.4,
+    start_by_stage=0.15,
+    size=0.04,
+    size_by_stage=0.05,
+    added_work=0.15,
+    # Full checkpointing took 6 to 25 % more than estimated in the grids of benchmarks/search.
+    added_work_mean=-0.15,
     structure=0.04,
     noise=0.02,
 )
@@ -81,8 +96,12 @@ _MEMORY = Priors(
         "sampling": 0.03,
     },
     minor_knobs=0.02,
+    start=0.0,
+    start_by_stage=0.0,
     size=0.02,
-    size_by_knob={},
+    size_by_stage=0.0,
+    added_work=0.0,
+    added_work_mean=0.0,
     structure=0.03,
     noise=0.01,
 )
@@ -96,6 +115,7 @@ class Beliefs:
         log_tokens_per_s: expected logarithm of the speed, and its standard deviation.
         possible: settings that were not tried and that no outcome has shown to be impossible.
         open_rows: those of them that may fit, as the estimates are corrected by measured peaks.
+            What the plan calls outdone is among them: by how much is known better now.
         fit_probability: how likely each is to fit its device.
         best_tokens_per_s: of what was measured, as it is believed after all that was; 0 if nothing
             was.
@@ -215,7 +235,8 @@ def _regress(
     spread = np.array([(spreads or {}).get(row, 0.0) for row in observed])
     among = towards[rows] + np.diag(noise + spread**2)
     weights = np.linalg.solve(among, towards.T)
-    mean = np.asarray(weights.T @ np.array(list(observed.values())), dtype=np.float64)
+    surprises = np.array(list(observed.values())) - kinship.mean[rows]
+    mean: Floats = kinship.mean + weights.T @ surprises
     variance = kinship.own - np.einsum("ij,ji->i", towards, weights)
     sd: Floats = np.sqrt(np.maximum(variance, 0.0) + noise)
     return mean, sd
@@ -224,40 +245,64 @@ def _regress(
 class Kinship:
     """The prior covariance of the corrections of any two settings of a space.
 
-    Corrections are those of the machine, of each knob's value, of a doubling of the micro-batch
-    size (which may depend on stage and checkpointing), and of the structure as such.
+    Corrections are those of the machine, of each knob's value, of the micro-batch size (which may
+    depend on the stage), of work that is added, and of what the main knobs are together: structures
+    that only communicate in another way are one in that.
     """
 
     def __init__(self, space: Space, priors: Priors) -> None:
         self.priors = priors
         self._structure = space.structure_index
-        self._doublings = np.log2(space.micro_batch_size)
+        rows = np.asarray(space.micro_batch_size, dtype=np.float64)
+        self._sizes = (
+            (1 / rows, priors.start, priors.start_by_stage),
+            (np.log2(rows), priors.size, priors.size_by_stage),
+        )
         self._values = {field.name: _codes(space, field.name) for field in fields(Structure)}
+        main = np.stack([self._values[name] for name in priors.knobs], axis=1)
+        self._together: Ints = np.unique(main, axis=0, return_inverse=True)[1].reshape(-1)
+        self._added = np.array([_added_work(structure) for structure in space.structures])
+
+    @cached_property
+    def mean(self) -> Floats:
+        """Return what is expected of every setting before anything was measured."""
+        expected: Floats = self.priors.added_work_mean * self._added.sum(axis=1)
+        return expected[self._structure]
 
     @cached_property
     def own(self) -> Floats:
         """Return the variance of every setting: it is like itself in everything."""
         priors = self.priors
         knobs = sum(priors.of_knob(name) ** 2 for name in self._values)
-        level = priors.machine**2 + priors.structure**2 + knobs
-        slope = priors.size**2 + sum(sd**2 for sd in priors.size_by_knob.values())
-        own: Floats = level + slope * self._doublings**2
+        added = priors.added_work**2 * (self._added**2).sum(axis=1)
+        own: Floats = priors.machine**2 + priors.structure**2 + knobs + added[self._structure]
+        for size, everywhere, by_stage in self._sizes:
+            own = own + (everywhere**2 + by_stage**2) * size**2
         return own
 
     def towards(self, rows: Ints) -> Floats:
         """Return the covariance of every setting with these, an array (settings, rows)."""
-        seen = self._structure[rows]
-        of_structures = np.arange(len(next(iter(self._values.values()))))
-        priors = self.priors
-        level = priors.machine**2 + priors.structure**2 * (of_structures[:, None] == seen)
-        slope = np.full(level.shape, priors.size**2)
+        seen, priors = self._structure[rows], self.priors
+        together = self._together[:, None] == self._together[seen]
+        level = priors.machine**2 + priors.structure**2 * together
+        level = level + priors.added_work**2 * self._added @ self._added[seen].T
         for name, values in self._values.items():
-            same = values[:, None] == values[seen]
-            level = level + priors.of_knob(name) ** 2 * same
-            slope = slope + priors.size_by_knob.get(name, 0.0) ** 2 * same
-        doublings = self._doublings[:, None] * self._doublings[rows]
-        towards: Floats = level[self._structure] + doublings * slope[self._structure]
+            level = level + priors.of_knob(name) ** 2 * (values[:, None] == values[seen])
+        towards: Floats = level[self._structure]
+        stages = self._values["zero_stage"]
+        same_stage = (stages[:, None] == stages[seen])[self._structure]
+        for size, everywhere, by_stage in self._sizes:
+            alike = everywhere**2 + by_stage**2 * same_stage
+            towards = towards + np.outer(size, size[rows]) * alike
         return towards
+
+
+def _added_work(structure: Structure) -> tuple[float, float, float]:
+    return (
+        recomputed_share(structure.checkpointing),
+        float(structure.offload_optimizer != "none"),
+        float(structure.offload_param != "none"),
+    )
 
 
 def _codes(space: Space, knob: str) -> Ints:
@@ -321,9 +366,8 @@ def _savings(space: Space) -> Iterator[NDArray[Any]]:
         yield values
         yield -values
     modes = space.column("checkpointing")
-    kept = {mode: 1 - 1 / checkpointing_period(str(mode)) for mode in np.unique(modes)}
-    kept |= {"none": 1.0, "full": 0.0}
-    yield np.array([-kept[mode] for mode in modes])
+    share = {mode: recomputed_share(str(mode)) for mode in np.unique(modes)}
+    yield np.array([share[mode] for mode in modes])
 
 
 def _normal_cdf(z: Floats) -> Floats:

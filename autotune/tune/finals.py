@@ -81,7 +81,8 @@ class Finals:
         def may_win(one: Setting) -> bool:
             behind = [a - b for a, b in zip(best, self._logs(one, rounds), strict=True)]
             error = statistics.stdev(behind) / math.sqrt(rounds)
-            return one == leader or statistics.mean(behind) <= _STUDENT_95[rounds] * error
+            uncertain = max(_ALIKE, _STUDENT_95[rounds] * error)
+            return one == leader or statistics.mean(behind) <= uncertain
 
         return tuple(filter(may_win, left))
 

@@ -124,8 +124,11 @@ class Search:
 
         A ladder that was cut short, by a stop or a kill, is climbed to its end first. The default
         setting's structure is the first of all, so that the result can say what was gained. From
-        then on it is what is expected to improve most on the best in a second of probing.
+        then on it is what is expected to improve most on the best in a second of probing. Where
+        finals have begun the search is over, whatever they say of what was not probed.
         """
+        if any(rung.purpose == "final" and not rung.cached for rung in self.rungs):
+            return None
         if (begun := self._cut_short()) is not None:
             return begun
         if not any(rung.setting.structure == self.default.structure for rung in self.rungs):

@@ -1,6 +1,6 @@
 """The search against DeepSpeed's own autotuner, on the same model, data and global batch.
 
-    pip install 'deepspeed[autotuning]==0.19.8' && apt-get install pdsh
+    pip install 'deepspeed[autotuning]==0.19.8' && apt-get install pdsh openssh-server
     python benchmarks/search/against_deepspeed_autotuner.py [--rounds 5] [--steps 10]
 
 On two CPU ranks. The autotuner is started as its manual says (`deepspeed --autotuning tune`) with
@@ -37,6 +37,10 @@ RESULT = Path(__file__).parent.parent / "results" / "against_deepspeed_autotuner
 SCRIPT = Path(__file__).parent / "plain_script.py"
 
 
+_CPU_RANKS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(RANKS)}
+"""Without LOCAL_SIZE DeepSpeed counts a device for each NUMA node."""
+
+
 def start_config(global_batch_size: int) -> dict[str, Any]:
     """Return the config that a user of the autotuner starts from."""
     return {
@@ -64,7 +68,7 @@ def deepspeed_autotuner(job: BenchJob, directory: Path) -> tuple[Setting, float,
         subprocess.run(
             command,
             cwd=directory,
-            env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PATH": path} | _CPU_RANKS,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

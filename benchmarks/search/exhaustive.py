@@ -57,11 +57,11 @@ def measure(job: BenchJob, settings: list[Setting]) -> dict[Setting, tuple[Outco
     return found
 
 
-def sweep(job: BenchJob) -> dict[Setting, tuple[Outcome, float]]:
-    """Measure every setting of the plan once."""
+def sweep(job: BenchJob, seed: int) -> dict[Setting, tuple[Outcome, float]]:
+    """Measure every setting of the plan once, in an order of its own: a machine's speed drifts."""
     space = job.workload.plan.space
     found: dict[Setting, tuple[Outcome, float]] = {}
-    for place in range(len(space.structures)):
+    for place in np.random.default_rng(seed).permutation(len(space.structures)):
         rows = np.flatnonzero(space.structure_index == place)
         found |= measure(job, [space.setting(int(row)) for row in rows])
     return found
@@ -71,7 +71,7 @@ def measure_all(job: BenchJob, sweeps: int) -> tuple[list[dict[str, Any]], float
     """Return a line for each setting of the plan, and the seconds that a sweep took on average."""
     plan, lines = job.workload.plan, []
     started = time.perf_counter()
-    found = [sweep(job) for _ in range(sweeps)]
+    found = [sweep(job, seed) for seed in range(sweeps)]
     sweep_s = (time.perf_counter() - started) / sweeps
     for row in range(len(plan.space)):
         setting = plan.space.setting(row)
