@@ -115,9 +115,10 @@ def test_what_checkpointing_costs_beyond_its_estimate_is_halved_for_every_second
     modes = ("none", "every-4", "every-2", "full")
     plain = Structure(zero_stage=1)
     structures = [replace(plain, checkpointing=mode) for mode in modes]
-    at = [plan.row_of(structure.with_micro_batch(2, 4, 64)) for structure in structures]
+    settings = [structure.with_micro_batch(2, 4, 64) for structure in structures]
+    at = np.array([plan.row_of(setting) for setting in settings], dtype=int)
     rungs = [
-        as_rung(plan.space.setting(row), measured(factor * float(plan.tokens_per_s[row])))
+        as_rung(plan.space.setting(int(row)), measured(factor * float(plan.tokens_per_s[row])))
         for row, factor in ((at[0], 1.0), (at[3], 0.6))
     ]
     beliefs = update(plan, rungs)

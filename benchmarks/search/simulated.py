@@ -132,33 +132,35 @@ class Grid:
         speeds = np.log([line["tokens_per_s"] for line in lines])
         predicted = np.log([line["predicted_tokens_per_s"] for line in lines])
         errors = np.full([speeds.shape[1], *(len(values) for values, _ in axes)], np.nan)
-        errors[:, *(place for _, place in axes)] = (speeds - predicted[:, None]).T
+        stages, modes, samplings, doublings = (place for _, place in axes)
+        errors[:, stages, modes, samplings, doublings] = (speeds - predicted[:, None]).T
         assert not np.isnan(errors).any(), "a grid has every setting"
         return cls(errors - errors.mean(axis=(1, 2, 3, 4), keepdims=True))
 
     @property
     def errors(self) -> Floats:
-        mean: Floats = self.sweeps.mean(axis=0)
-        return mean
+        return _mean(self.sweeps, (0,))
 
     @property
     def of_size(self) -> Floats:
-        return self.errors.mean(axis=(0, 1, 2))
+        return _mean(self.errors, (0, 1, 2))
 
     @property
     def of_stages(self) -> Floats:
-        return self.errors.mean(axis=(1, 2)) - self.of_size
+        return _mean(self.errors, (1, 2)) - self.of_size
 
     @property
     def of_mode(self) -> Floats:
-        none, full = self.errors.mean(axis=(0, 2))
-        return full - none
+        none, full = _mean(self.errors, (0, 2))
+        more: Floats = full - none
+        return more
 
     @property
     def of_sampling(self) -> Floats:
         """Return a curve, or none of a grid that has one sampling only."""
-        drawn, *split = self.errors.mean(axis=(0, 1))
-        return np.array(split).reshape(-1, self.errors.shape[-1]) - drawn
+        drawn, *split = _mean(self.errors, (0, 1))
+        more: Floats = np.array(split).reshape(-1, self.errors.shape[-1]) - drawn
+        return more
 
     def pairs_of_rests(self) -> Iterator[tuple[float, float]]:
         """Yield of each pair of sweeps what varies alike in both, and the variance of that."""
@@ -187,10 +189,14 @@ def _variance_of_rests(grids: Sequence[Grid]) -> float:
     return max(0.0, float(np.average(alike, weights=1 / np.array(uncertainty))))
 
 
+def _mean(errors: Floats, axes: tuple[int, ...]) -> Floats:
+    mean: Floats = errors.mean(axis=axes)
+    return mean
+
+
 def _left(errors: Floats) -> Floats:
     """Return what stage, mode, sampling and size leave, an array like the errors."""
-    left = errors
-    of_size = errors.mean(axis=(0, 1, 2))
+    left, of_size = errors, _mean(errors, (0, 1, 2))
     for others in ((1, 2), (0, 2), (0, 1)):
         left = left - (errors.mean(axis=others, keepdims=True) - of_size)
     return left - of_size
