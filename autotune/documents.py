@@ -203,8 +203,10 @@ def plan_document(
     longest = int(workload.lengths.max())
     plan = with_exact_memory(workload.plan, exactly, cluster)
     exact = {plan.space.setting(row).key() for row in exactly}
-    settings = plan.listed(everything=everything)
-    for entry in settings:
+    rows = plan.listed_rows(everything=everything)
+    settings = plan.entries(rows)
+    for entry, terms in zip(settings, plan.terms.rows(rows), strict=True):
+        entry["terms"] = terms
         by_virtual_run = Setting.from_json(entry["setting"]).key() in exact
         entry["source"] = VIRTUAL_RUN if by_virtual_run else ARITHMETIC
         entry.update(training_figures(workload, entry, prices))

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from autotune.memory import MemoryEstimate
-from autotune.plan import Plan
+from autotune.plan import Plan, StepTerms
 from autotune.prune import variants
 from autotune.setting import checkpointing_period
 from autotune.space import Space
@@ -43,6 +43,9 @@ def _with_mode(plan: Plan, mode: str, recomputed: float) -> Plan:
         space=_longer_space(plan.space, mode, full),
         memory=MemoryEstimate(
             **{one.name: longer(getattr(plan.memory, one.name)) for one in fields(MemoryEstimate)}
+        ),
+        terms=StepTerms(
+            **{one.name: longer(getattr(plan.terms, one.name)) for one in fields(StepTerms)}
         ),
         step_time_s=step_time_s,
         samples_per_s=np.concatenate([plan.samples_per_s, plan.samples_per_s[none] * faster]),

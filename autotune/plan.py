@@ -1,6 +1,6 @@
 """Estimates every setting and keeps those that can fit; what is rejected says by which rule."""
 
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -53,11 +53,43 @@ class Rejection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepTerms:
+    """What the estimate of a step is made of, a column a term; the seconds add up to the step.
+
+    Attributes:
+        computing_s: forward and backward passes, recomputation and padding included.
+        communication_s: between ranks, as far as it is not hidden behind computing.
+        offload_s: copies between device and host.
+        update_s: the optimizer.
+        padding_share: share of the computed tokens that is padding.
+    """
+
+    computing_s: Floats
+    communication_s: Floats
+    offload_s: Floats
+    update_s: Floats
+    padding_share: Floats
+
+    @property
+    def step_time_s(self) -> Floats:
+        """Return the seconds of an optimizer step."""
+        total: Floats = self.computing_s + self.communication_s + self.offload_s + self.update_s
+        return total
+
+    def rows(self, indices: Ints) -> list[dict[str, float]]:
+        """Return the terms of some settings."""
+        columns = {one.name: getattr(self, one.name)[indices].tolist() for one in fields(self)}
+        values = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in values]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Every setting with its estimate. Columns are those of the space."""
 
     space: Space
     memory: MemoryEstimate
+    terms: StepTerms
     step_time_s: Floats
     samples_per_s: Floats
     tokens_per_s: Floats
@@ -194,9 +226,13 @@ class Plan:
 
     def listed(self, *, everything: bool = False) -> list[dict[str, Any]]:
         """Return the kept settings, best first, and the rejected ones nearest to fitting."""
+        return self.entries(self.listed_rows(everything=everything))
+
+    def listed_rows(self, *, everything: bool = False) -> Ints:
+        """Return the rows of what `listed` returns."""
         ranking = self.ranking()
         last = len(ranking) if everything else int(self.kept.sum()) + _NEAREST_REJECTED
-        return self.entries(ranking[:last])
+        return ranking[:last]
 
     def rejected_by_rule(self) -> dict[str, int]:
         """Count the rejected settings of each rule."""
@@ -227,6 +263,7 @@ def make_plan(
     return Plan(
         space=space,
         memory=estimate_memory(space, profile, job, cluster, _heaviest(space, rows)),
+        terms=steps.terms,
         step_time_s=steps.step_time_s,
         samples_per_s=steps.samples_per_s,
         tokens_per_s=steps.tokens_per_s,
@@ -239,6 +276,7 @@ def make_plan(
 class _Steps:
     """Optimizer steps, a column a figure."""
 
+    terms: StepTerms
     step_time_s: Floats
     samples_per_s: Floats
     tokens_per_s: Floats
@@ -252,14 +290,22 @@ def _predict(
     What a structure adds in communication and update does not depend on the rows, so that they are
     integrated only once for each way to split the batch, to compute and to wait.
     """
-    computing_s, tokens = _integrated(space, profile, rates, rows)
-    of_structure = _added(space, profile, job, cluster, rates)
-    talking_s, updating_s, *hideable_s = of_structure[:, space.structure_index]
+    computing_s, tokens, padding = _integrated(space, profile, rates, rows)
+    of_structure = _added(space, profile, job, cluster, rates)[:, space.structure_index]
     micro_steps = space.gradient_accumulation_steps
-    step_time_s = computing_s + micro_steps * talking_s + updating_s
-    step_time_s -= hidden_s(hideable_s, computing_s, micro_steps)
+    talking_s, talking_late_s, copying_s, copying_late_s, updating_s, *hideable_s = of_structure
+    hidden = hidden_s(hideable_s, computing_s, micro_steps)
+    terms = StepTerms(
+        computing_s=computing_s,
+        communication_s=micro_steps * talking_s + talking_late_s - hidden,
+        offload_s=micro_steps * copying_s + copying_late_s,
+        update_s=updating_s,
+        padding_share=padding,
+    )
+    step_time_s = terms.step_time_s
     samples = space.micro_batch_size * space.gradient_accumulation_steps * space.ranks
     return _Steps(
+        terms=terms,
         step_time_s=step_time_s,
         samples_per_s=samples / step_time_s,
         tokens_per_s=tokens / step_time_s,
@@ -268,8 +314,11 @@ def _predict(
 
 def _integrated(
     space: Space, profile: ModelProfile, rates: Rates, rows: DrawnRows
-) -> tuple[Floats, Floats]:
-    """Return seconds of computing and tokens of a step, of every setting."""
+) -> tuple[Floats, Floats, Floats]:
+    """Return seconds of computing, tokens and padding of a step, of every setting.
+
+    Padding is the share that it has of the tokens computed.
+    """
     splits, split_of_row = _splits(space)
     of_structure = [(one.checkpointing, one.attention, one.loss) for one in space.structures]
     ways = {way: place for place, way in enumerate(dict.fromkeys(of_structure))}
@@ -279,17 +328,21 @@ def _integrated(
         dtype=np.int64,
     )
     seconds = np.empty((len(splits), len(ways), 2))
-    tokens = np.empty(len(splits))
+    tokens, padding = np.empty(len(splits)), np.empty(len(splits))
     micro_steps = [
         predicted_micro_step(profile, checkpointing, rates, attention, loss)
         for checkpointing, attention, loss in ways
     ]
     for split, (sampling, size, accumulation) in enumerate(splits):
         steps = DrawnSteps.draw(rows, size, accumulation, space.ranks, sampling)
-        tokens[split] = steps.tokens
+        tokens[split], padding[split] = steps.tokens, steps.padding_share
         seconds[split] = steps.mean_s_of(micro_steps)
     structure = space.structure_index
-    return seconds[split_of_row, way[structure], waits[structure]], tokens[split_of_row]
+    return (
+        seconds[split_of_row, way[structure], waits[structure]],
+        tokens[split_of_row],
+        padding[split_of_row],
+    )
 
 
 def _splits(space: Space) -> tuple[list[tuple[str, int, int]], Ints]:
@@ -318,25 +371,22 @@ def _heaviest(space: Space, rows: DrawnRows) -> tuple[Ints, Ints]:
 
 
 def _added(space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rates: Rates) -> Floats:
-    """Return the seconds that each structure adds to a micro-step and to an update.
+    """Return the seconds that each structure adds, a column a structure.
 
-    Below these two rows are those of what may be hidden of them, as `hidden_s` takes them.
+    Rows are communication of a micro-step and of an update, copies to the host likewise, the
+    optimizer, and what of the communication may be hidden, as `hidden_s` takes it.
     """
     size = job.compute_bytes
-    communications = [
-        predicted_communication(profile, structure, space.ranks, rates, size)
-        for structure in space.structures
-    ]
-    added = [
-        (
-            (talk.forward_s + talk.backward_s, talk.last_backward_s + talk.update_s),
-            predicted_offload_s(profile, structure, cluster, rates, size),
-            (0.0, predicted_update_s(profile, structure, cluster, rates, job.optimizer)),
+    columns = []
+    for structure in space.structures:
+        talk = predicted_communication(profile, structure, space.ranks, rates, size)
+        columns.append(
+            (
+                talk.forward_s + talk.backward_s,
+                talk.last_backward_s + talk.update_s,
+                *predicted_offload_s(profile, structure, cluster, rates, size),
+                predicted_update_s(profile, structure, cluster, rates, job.optimizer),
+                *astuple(predicted_hideable(talk, structure, cluster)),
+            )
         )
-        for talk, structure in zip(communications, space.structures, strict=True)
-    ]
-    hideable = [
-        astuple(predicted_hideable(talk, structure, cluster))
-        for talk, structure in zip(communications, space.structures, strict=True)
-    ]
-    return np.concatenate([np.array(added).sum(axis=1).T, np.array(hideable).T])
+    return np.array(columns).T

@@ -168,6 +168,12 @@ class DrawnSteps:
         return float(steps.mean()) * self._not_drawn
 
     @property
+    def padding_share(self) -> float:
+        """Return the share of the computed tokens that is padding."""
+        computed = float((self.sizes * self.padded).sum(axis=(1, 2)).mean()) * self._not_drawn
+        return 1 - self.tokens / computed
+
+    @property
     def _not_drawn(self) -> float:
         """How many times the micro-steps that were drawn make a step."""
         counted: int = self.padded.shape[1]
