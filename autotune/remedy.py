@@ -55,6 +55,23 @@ def near_misses(
     return misses
 
 
+def in_words(remedy: dict[str, Any]) -> str:
+    """Return the change of a remedy in words."""
+    value = remedy["value"]
+    words = {
+        "micro_batch_size": f"micro-batch {value}",
+        "checkpointing": f"checkpointing {value}",
+        "offload_optimizer": f"the optimizer on the {value}",
+        "offload_param": f"the parameters on the {value}",
+        "zero_stage": f"ZeRO {value}",
+        "seq_length": f"rows of at most {value} tokens",
+        "devices": f"{value} devices",
+        "device": f"devices like {value}",
+    }
+    batch = remedy["global_batch_size"]
+    return words[remedy["change"]] + (f" and a global batch of {batch}" if batch else "")
+
+
 class _Search:
     """Looks for changes of one setting that fit."""
 

@@ -91,26 +91,13 @@ def bar(share: float) -> str:
 
 
 def _remedies(remedies: list[dict[str, Any]]) -> str:
+    from autotune.remedy import in_words
+
     if not remedies:
         return "no single change of micro-batch, checkpointing, offload, stage, length or devices"
-    return "; or ".join(map(_remedy, remedies))
-
-
-def _remedy(remedy: dict[str, Any]) -> str:
-    value, needs = remedy["value"], format_bytes(remedy["device_bytes"])
-    words = {
-        "micro_batch_size": f"micro-batch {value}",
-        "checkpointing": f"checkpointing {value}",
-        "offload_optimizer": f"the optimizer on the {value}",
-        "offload_param": f"the parameters on the {value}",
-        "zero_stage": f"ZeRO {value}",
-        "seq_length": f"rows of at most {value} tokens",
-        "devices": f"{value} devices",
-        "device": f"devices like {value}",
-    }
-    batch = remedy["global_batch_size"]
-    also = f" and a global batch of {batch}" if batch else ""
-    return f"{words[remedy['change']]}{also} ({needs})"
+    return "; or ".join(
+        f"{in_words(remedy)} ({format_bytes(remedy['device_bytes'])})" for remedy in remedies
+    )
 
 
 def matrix_text(document: dict[str, Any]) -> str:
