@@ -91,6 +91,10 @@ class RunDir:
     def result(self) -> Path:
         return self.root / "result.json"
 
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
     def create(self) -> None:
         """Make the directory, the user's alone.
 

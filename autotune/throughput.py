@@ -171,7 +171,7 @@ class DrawnSteps:
     def padding_share(self) -> float:
         """Return the share of the computed tokens that is padding."""
         computed = float((self.sizes * self.padded).sum(axis=(1, 2)).mean()) * self._not_drawn
-        return 1 - self.tokens / computed
+        return max(0.0, 1 - self.tokens / computed)
 
     @property
     def _not_drawn(self) -> float:
