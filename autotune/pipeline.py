@@ -1,6 +1,7 @@
 """The stages in order; the only module that knows them all."""
 
 import logging
+import math
 import os
 import sys
 import time
@@ -42,6 +43,7 @@ from autotune.outcome_cache import OutcomeCache
 from autotune.plan import Plan
 from autotune.probe.local import LocalProber
 from autotune.probe.tenants import DeviceMemory
+from autotune.report.page import write_report
 from autotune.rundir import RunDir, read_json, write_json, write_text
 from autotune.setting import Setting, Structure
 from autotune.tune.loop import Tuned, Tuner, write_study
@@ -53,6 +55,10 @@ _log = logging.getLogger(__name__)
 
 _ENVELOPE = ("schema", "fingerprint", "run_dir", "at", "exit_reason", "exit_code", "message")
 """Fields of result.json that are about the run's end; the others are figures."""
+
+_REPORT_EVERY_S = 15.0
+"""How long a report stays as it is while outcomes and steps come in; it is written in a fraction of
+a second, which a probe need not wait for each time."""
 
 
 def choose_run_dir(question: Question) -> RunDir:
@@ -74,6 +80,7 @@ class Run:
         self.dir = run_dir
         self._figures: dict[str, Any] = {}
         self._structures: set[Structure] = set()
+        self._reported = -math.inf
         self._status: dict[str, Any] = {"schema": 1, "pid": os.getpid(), "best": None, "probes": 0}
 
     def finished(self, *, with_training: bool) -> dict[str, Any] | None:
@@ -253,6 +260,7 @@ class Run:
         self.dir.append_rung(rung)
         self._count(rung)
         self._beat()
+        self._report(every_s=_REPORT_EVERY_S)
 
     def _count(self, rung: Rung) -> None:
         outcome = rung.outcome
@@ -313,14 +321,26 @@ class Run:
         )
         self._status["training"] = line
         self._beat()
+        self._report(every_s=_REPORT_EVERY_S)
 
     def _enter(self, phase: str) -> None:
         self._status["phase"] = phase
         self._beat()
+        self._report()
 
     def _beat(self) -> None:
         self._status["heartbeat"] = _now()
         write_json(self.dir.status, self._status)
+
+    def _report(self, *, every_s: float = 0.0) -> None:
+        """Write the report of what there is so far, unless it is not that old yet."""
+        if time.monotonic() - self._reported < every_s:
+            return
+        try:
+            write_report(self.dir)
+        except Exception:  # the run is worth more than its picture
+            _log.warning("report.html could not be written", exc_info=True)
+        self._reported = time.monotonic()
 
     def _write_result(self, fields: dict[str, Any]) -> dict[str, Any]:
         result = {

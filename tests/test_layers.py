@@ -33,7 +33,7 @@ LAYERS = (
     ),
     ("rundir", "environment", "processes", "session", "model_source", "builtin", "chatglm3"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
-    ("intake", "documents", "handoff", "virtual_judge", "outcome_cache"),
+    ("intake", "documents", "handoff", "virtual_judge", "outcome_cache", "report"),
     ("pipeline", "rehearse"),
     ("cli",),
 )
@@ -83,6 +83,8 @@ HOMES = {
     "bitsandbytes": ENGINE_ROOMS,
     "pynvml": ("detect",),
     "optuna": ("tune",),
+    "optuna_dashboard": ("tune",),
+    "jinja2": ("dataset", "report"),
     "click": ("cli",),
 }
 """Libraries that are imported only in these parts, at the top of a module or inside a function."""
