@@ -338,8 +338,8 @@ class Run:
             return
         try:
             write_report(self.dir)
-        except Exception:  # the run is worth more than its picture
-            _log.warning("report.html could not be written", exc_info=True)
+        except Exception as error:  # noqa: BLE001 - the run is worth more than its picture
+            _log.warning("report.html could not be written: %s", error)
         self._reported = time.monotonic()
 
     def _write_result(self, fields: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,10 @@ OPTIONS = {
         *("--micro-batch-size", "--zero-stage", "--offload-optimizer", "--offload-param"),
         *("--checkpointing", "--attention", "--seq-length", "--exact", "--gpus", "--nodes"),
     },
+    "report": {"run_dir", "--open", "--json"},
+    "explain": {"run_dir", "--json"},
+    "compare": {"run_a", "run_b", "--json"},
+    "dashboard": {"run_dir", "--host", "--port"},
     "rehearse": JOB_OPTIONS | {"--seq-length", "--rows", "--noise", "--gpus", "--nodes"},
     "data": DATA_OPTIONS
     | {

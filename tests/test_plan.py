@@ -205,6 +205,34 @@ def test_recomputation_is_predicted_to_be_slower_at_the_same_micro_batch() -> No
     assert (plan.tokens_per_s[full] < plan.tokens_per_s[~full]).all()
 
 
+def test_the_terms_of_a_step_add_up_to_it() -> None:
+    for gpus in (1, 2):
+        plan = plan_for(make_cluster(gpus=gpus))
+        columns = plan.terms.rows(np.arange(len(plan.space)))
+        for row, terms in enumerate(columns):
+            seconds = [value for name, value in terms.items() if name.endswith("_s")]
+            assert min(seconds) >= 0
+            assert sum(seconds) == pytest.approx(plan.step_time_s[row])
+
+
+def test_one_rank_talks_to_nobody_and_what_offloads_copies() -> None:
+    alone, together = (plan_for(make_cluster(gpus=gpus)) for gpus in (1, 2))
+    assert not alone.terms.communication_s.any()
+    assert (together.terms.communication_s > 0).all()
+    offloads = together.space.column("offload_optimizer") == "cpu"
+    assert ((together.terms.offload_s > 0) == offloads).all()
+
+
+def test_padding_is_what_rows_are_short_of_the_longest_beside_them() -> None:
+    terms, sizes = ESTIMATED.terms, ESTIMATED.space.micro_batch_size
+    order = DrawnRows.draw(LENGTHS, make_job().seed)
+    for size in np.unique(sizes).tolist():
+        drawn = order.lengths[order.order][: 1024 // size * size].reshape(-1, size)
+        padded = drawn.max(axis=1).sum() * size
+        share = terms.padding_share[sizes == size]
+        assert share == pytest.approx(np.full(len(share), 1 - drawn.sum() / padded))
+
+
 def predicted_alone(plan: Plan, row: int) -> StepRate:
     """Predict one setting by itself."""
     job, profile, setting = make_job(), make_profile(), plan.space.setting(row)

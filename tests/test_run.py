@@ -31,6 +31,7 @@ CONTRACT = {
     "model",
     "status.json",
     "result.json",
+    "report.html",
 }
 JOB = ("--devices", "2", "--global-batch-size", "16", "--max-probes", "3", "--max-steps", "6")
 SMALL = (*JOB, "--no-cache")
