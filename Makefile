@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH_PIP := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: install demo test test-full lint clean
+.PHONY: install demo test test-full test-browser lint clean
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,17 @@ test: lint
 
 test-full: install
 	$(PYTEST) -m slow
+
+# Reports in a browser of the system, Debian's package chromium for one; where there is none they are
+# skipped, and nothing is installed for them.
+CHROMIUM := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+
+test-browser: $(if $(CHROMIUM),$(VENV)/.browser,install)
+	$(PYTEST) -m browser
+
+$(VENV)/.browser: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[browser]'
+	touch $@
 
 clean:
 	rm -rf $(VENV)

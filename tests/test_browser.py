@@ -10,10 +10,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 from conftest import autotune
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -40,7 +43,7 @@ def reports(short_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Run three times in earnest: to the end, to where nothing fits, and with a stop between."""
     workplace = tmp_path_factory.mktemp("runs")
     data = shutil.copyfile(short_rows, workplace / HOSTILE)
-    command = ["run", "--dataset", data, *JOB, "--max-probes", 3]
+    command: list[object] = ["run", "--dataset", data, *JOB, "--max-probes", 3]
 
     done = autotune(
         *(*command, "--max-steps", 6, "--run-dir", "finished"), cwd=workplace, timeout=800
@@ -57,7 +60,7 @@ def reports(short_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: workplace / name / "report.html" for name in RUNS}
 
 
-def _stop_while_tuning(command: list[Any], workplace: Path) -> None:
+def _stop_while_tuning(command: list[object], workplace: Path) -> None:
     """Start a run and ask it to stop when its first outcome is there; its report says so."""
     process = subprocess.Popen(
         [str(Path(sys.executable).parent / "autotune"), *map(str, command)],
@@ -78,13 +81,13 @@ def _stop_while_tuning(command: list[Any], workplace: Path) -> None:
 class Seen:
     """What a browser says of a page besides showing it."""
 
-    page: Any
+    page: "Page"
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser() -> Iterator["Browser"]:
     from playwright.sync_api import sync_playwright
 
     # The sandbox of chromium refuses root, whom containers run tests as.
@@ -95,7 +98,7 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-def shown(browser: Any, report: Path, width: int = 1400, scheme: str = "light") -> Seen:  # noqa: ANN401 - playwright
+def shown(browser: "Browser", report: Path, width: int = 1400, scheme: str = "light") -> Seen:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     seen = Seen(context.new_page())
     seen.page.on("console", lambda message: seen.complaints.append(message.text))
@@ -146,7 +149,8 @@ OVERLAPS = """() => {
       }
     }
   }
-  const blocks = 'main > *, .charts > *, .bars > li, .track > *, nav li, .legend li, section > *, dl > div, dl > div > *';
+  const blocks = 'main > *, section > *, .charts > *, .bars > li, .track > *, nav li, .legend li, '
+    + 'dl > div, dl > div > *';
   const siblings = new Map();
   for (const element of document.querySelectorAll(blocks)) {
     const key = element.parentElement;
@@ -169,8 +173,8 @@ OVERLAPS = """() => {
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_shown_without_a_complaint_or_a_request(
     reports: dict[str, Path],
-    browser: Any,
-    name: str,  # noqa: ANN401 - playwright
+    browser: "Browser",
+    name: str,
 ) -> None:
     seen = shown(browser, reports[name])
     seen.page.evaluate(OPEN_ALL)
@@ -185,10 +189,10 @@ def test_it_is_shown_without_a_complaint_or_a_request(
 @pytest.mark.parametrize("name", RUNS)
 def test_nothing_overlaps_or_sticks_out(
     reports: dict[str, Path],
-    browser: Any,
+    browser: "Browser",
     name: str,
     width: int,
-    tmp_path: Path,  # noqa: ANN401 - playwright
+    tmp_path: Path,
 ) -> None:
     page = shown(browser, reports[name], width).page
     page.evaluate(OPEN_ALL)
@@ -202,9 +206,9 @@ def test_nothing_overlaps_or_sticks_out(
 @pytest.mark.parametrize("name", RUNS)
 def test_axe_finds_nothing_serious(
     reports: dict[str, Path],
-    browser: Any,
+    browser: "Browser",
     name: str,
-    scheme: str,  # noqa: ANN401 - playwright
+    scheme: str,
 ) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
@@ -221,7 +225,7 @@ def test_axe_finds_nothing_serious(
     assert serious == []
 
 
-def test_dark_is_dark_and_light_is_light(reports: dict[str, Path], browser: Any) -> None:  # noqa: ANN401 - playwright
+def test_dark_is_dark_and_light_is_light(reports: dict[str, Path], browser: "Browser") -> None:
     def brightness(scheme: str) -> int:
         page = shown(browser, reports["finished"], scheme=scheme).page
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -233,7 +237,7 @@ def test_dark_is_dark_and_light_is_light(reports: dict[str, Path], browser: Any)
 
 def test_a_keyboard_reaches_the_answer_and_opens_tables(
     reports: dict[str, Path],
-    browser: Any,  # noqa: ANN401 - playwright
+    browser: "Browser",
 ) -> None:
     page = shown(browser, reports["finished"]).page
     page.keyboard.press("Tab")
@@ -246,7 +250,7 @@ def test_a_keyboard_reaches_the_answer_and_opens_tables(
     assert page.evaluate("document.querySelector('#search details').open") is not before
 
 
-def test_each_run_says_what_it_came_to(reports: dict[str, Path], browser: Any) -> None:  # noqa: ANN401 - playwright
+def test_each_run_says_what_it_came_to(reports: dict[str, Path], browser: "Browser") -> None:
     headlines = {
         name: shown(browser, report).page.inner_text(".state") for name, report in reports.items()
     }
