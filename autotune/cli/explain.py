@@ -33,7 +33,7 @@ def command(run_dir: Path, *, as_json: bool) -> None:
     parts = [] if diagnosis.state in {"tuned", "trained"} else [_diagnosis_text(diagnosis)]
     if explanation is not None:
         parts.append(_explanation_text(explanation))
-    click.echo("\n\n".join(parts))
+    click.echo("\n\n".join(parts or [f"{record.root} does not hold the outcomes of its choice"]))
 
 
 def _document(diagnosis: "Diagnosis", explanation: "Explanation | None") -> dict[str, Any]:

@@ -51,15 +51,17 @@ def _figures(record: RunRecord) -> Document:
 
 
 def _differences(first: RunRecord, second: RunRecord) -> Iterator[Document]:
+    both = bool(first.plan and second.plan)
     for of, (mine, theirs) in {
         "model": (_model(first), _model(second)),
         "data": (_some(first.dataset, _DATA), _some(second.dataset, _DATA)),
         "job": tuple(_some(one.plan.get("job", {}), _WORK) for one in (first, second)),
         "devices": tuple(_some(one.hardware, _DEVICES) for one in (first, second)),
-        "options": (_options(first), _options(second)),
+        "options": tuple(_options(one, both_planned=both) for one in (first, second)),
         "versions": tuple(one.run.get("versions", {}) for one in (first, second)),
     }.items():
-        for name in mine | theirs:
+        # A run that did not get so far does not differ for it.
+        for name in mine | theirs if mine and theirs else ():
             if mine.get(name) != theirs.get(name):
                 yield {"of": of, "name": name, "runs": [mine.get(name), theirs.get(name)]}
 
@@ -73,14 +75,11 @@ def _some(document: Document, names: tuple[str, ...]) -> Document:
     return {name: document[name] for name in names if name in document}
 
 
-def _options(record: RunRecord) -> dict[str, Any]:
-    """Return the options but for those that `job` has."""
+def _options(record: RunRecord, *, both_planned: bool) -> dict[str, Any]:
+    """Return the options, but for those that the jobs of both have as they were resolved."""
+    known = _PLACES | (frozenset(_WORK) if both_planned else frozenset())
     options = record.run.get("options", {})
-    return {
-        name: entry["value"]
-        for name, entry in options.items()
-        if name not in _PLACES and name not in _WORK
-    }
+    return {name: entry["value"] for name, entry in options.items() if name not in known}
 
 
 def _in_both(first: RunRecord, second: RunRecord) -> Iterator[Document]:

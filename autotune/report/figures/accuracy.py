@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from autotune.report.drawing import Axis, Chart, Figure, Frame, Legend, Line, Mark, Point, Table
-from autotune.report.figures.words import MOST_ROWS, left_out
+from autotune.report.figures.words import MOST_ROWS, left_out, what_a_peak_lacks
 from autotune.report.record import RunRecord
 from autotune.setting import Setting
 from autotune.units import format_bytes, format_duration
@@ -46,7 +46,8 @@ def accuracy(record: RunRecord) -> Figure | None:
         title="Estimated against measured",
         says=" ".join(
             (_off("Steps", times), _off("Memory", sizes), "On the line both are the same.")
-        ),
+        )
+        + what_a_peak_lacks(record),
         charts=tuple(charts),
         legend=(
             Legend(look="measured", words="a setting", shape="circle"),

@@ -3,7 +3,14 @@
 from autotune.memory import PARTS
 from autotune.outcome import Interrupted, Measured, Outcome
 from autotune.report.drawing import BarRow, Bars, Figure, Legend, Table, Track, stack
-from autotune.report.figures.words import MOST_BARS, MOST_ROWS, kind, left_out, speed
+from autotune.report.figures.words import (
+    MOST_BARS,
+    MOST_ROWS,
+    kind,
+    left_out,
+    speed,
+    what_a_peak_lacks,
+)
 from autotune.report.record import Document, RunRecord
 from autotune.setting import Setting
 from autotune.units import format_bytes
@@ -36,6 +43,7 @@ def memory(record: RunRecord) -> Figure | None:
             f"Above what was estimated, by what it is for, below what was measured; the fastest "
             f"setting first. {limit}"
             + (", the line." if in_sight else ", far to the right of this scale.")
+            + what_a_peak_lacks(record)
         ),
         bars=Bars(
             rows=tuple(_memory_row(one, out, entry, scale) for one, out, entry in drawn),
