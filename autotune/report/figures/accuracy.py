@@ -2,13 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from autotune.report.drawing import Axis, Chart, Figure, Frame, Legend, Line, Mark, Point, Table
 from autotune.report.figures.words import MOST_ROWS, left_out, what_a_peak_lacks
 from autotune.report.record import RunRecord
 from autotune.setting import Setting
-from autotune.units import format_bytes, format_duration
+from autotune.units import GIB, MIB, format_bytes, format_duration
 
 
 def accuracy(record: RunRecord) -> Figure | None:
@@ -26,9 +26,11 @@ def accuracy(record: RunRecord) -> Figure | None:
         for one, out, entry in pairs
         if out.peak_bytes
     ]
-    charts = [_scatter("Seconds of a step", times, format_duration)]
+    charts = [_scatter("Seconds of a step", ("s", 1.0), times)]
     if sizes:
-        charts.append(_scatter("Memory of a rank", sizes, format_bytes))
+        largest = max(seen for _, _, seen in sizes)
+        unit = ("GiB", float(GIB)) if largest >= GIB else ("MiB", float(MIB))
+        charts.append(_scatter("Memory of a rank", unit, sizes))
     rows = tuple(
         (
             setting.label(),
@@ -80,12 +82,14 @@ def _off(what: str, pairs: Sequence[tuple[Setting, float, float]]) -> str:
 
 
 def _scatter(
-    title: str, pairs: Sequence[tuple[Setting, float, float]], label: Callable[[float], str]
+    title: str, unit: tuple[str, float], pairs: Sequence[tuple[Setting, float, float]]
 ) -> Chart:
-    values = [value for _, estimated, seen in pairs for value in (estimated, seen)]
+    """Draw pairs, in a unit that is so many of the one they are in."""
+    name, size = unit
+    values = [value / size for _, estimated, seen in pairs for value in (estimated, seen)]
     frame = Frame(
-        Axis.logarithmic("estimated", values, label),
-        Axis.logarithmic("measured", values, label),
+        Axis.logarithmic(f"estimated, {name}", values, "{:.6g}".format),
+        Axis.logarithmic(f"measured, {name}", values, "{:.6g}".format),
         height=300.0,
     )
     x, y = frame.x, frame.y
@@ -93,11 +97,14 @@ def _scatter(
     marks: list[Mark] = [Line(points=((x(low), y(low)), (x(high), y(high))), look="limit")]
     marks += [
         Point(
-            x=x(estimated),
-            y=y(seen),
+            x=x(estimated / size),
+            y=y(seen / size),
             shape="circle",
             look="measured",
-            note=f"{setting.label()}: {label(estimated)} estimated, {label(seen)} measured",
+            note=(
+                f"{setting.label()}: {estimated / size:.4g} {name} estimated, "
+                f"{seen / size:.4g} {name} measured"
+            ),
         )
         for setting, estimated, seen in pairs
     ]
