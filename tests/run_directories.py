@@ -11,7 +11,6 @@ import numpy as np
 from records import LENGTHS, make_cluster, make_job, make_profile, plan_for
 
 from autotune.outcome import Measured, OutOfMemory, Rung
-from autotune.plan import Plan
 from autotune.remedy import near_misses
 from autotune.rundir import RunDir, write_json
 from autotune.setting import Setting
@@ -22,9 +21,9 @@ JOB = make_job(model="example/model", global_batch_size=16)
 PLAN = plan_for(CLUSTER, job=JOB)
 
 
-def plan_json(plan: Plan = PLAN) -> dict[str, Any]:
-    """Return plan.json of a plan of the example."""
-    rows = plan.listed_rows()
+def plan_json() -> dict[str, Any]:
+    """Return plan.json of the example."""
+    rows = PLAN.listed_rows()
     profile = make_profile()
     model = {"name": JOB.model, **asdict(profile)}
     model.pop("traces")
@@ -35,37 +34,43 @@ def plan_json(plan: Plan = PLAN) -> dict[str, Any]:
         "job": asdict(JOB),
         "settings": [
             entry | {"terms": terms, "source": "arithmetic"}
-            for entry, terms in zip(plan.entries(rows), plan.terms.rows(rows), strict=True)
+            for entry, terms in zip(PLAN.entries(rows), PLAN.terms.rows(rows), strict=True)
         ],
-        "counts": {"kept": int(plan.kept.sum()), "rejected_by_rule": plan.rejected_by_rule()},
-        "near_misses": near_misses(plan, profile, JOB, CLUSTER, int(LENGTHS.max())),
+        "counts": {"kept": int(PLAN.kept.sum()), "rejected_by_rule": PLAN.rejected_by_rule()},
+        "near_misses": near_misses(PLAN, profile, JOB, CLUSTER, int(LENGTHS.max())),
     }
 
 
-def truth(setting: Setting, *, slower: float = 1.3, plan: Plan = PLAN) -> Measured:
-    """Return what a setting is measured to do that is so much slower than estimated."""
-    row = plan.row_of(setting)
+def row_of(setting: Setting) -> int:
+    """Return the row of a setting of the example's plan."""
+    row = PLAN.row_of(setting)
     assert row is not None
-    updates_s = float(plan.terms.update_s[row])
+    return row
+
+
+def truth(setting: Setting, *, slower: float = 1.3) -> Measured:
+    """Return what a setting is measured to do that is so much slower than estimated."""
+    row = row_of(setting)
+    updates_s = float(PLAN.terms.update_s[row])
     return Measured(
-        step_time_s=slower * float(plan.step_time_s[row]),
-        samples_per_s=float(plan.samples_per_s[row]) / slower,
-        tokens_per_s=float(plan.tokens_per_s[row]) / slower,
+        step_time_s=slower * float(PLAN.step_time_s[row]),
+        samples_per_s=float(PLAN.samples_per_s[row]) / slower,
+        tokens_per_s=float(PLAN.tokens_per_s[row]) / slower,
         accumulate_s=((128, 0.5), (1024, 2.0)),
         boundary_extra_s=slower * updates_s,
         spread=0.01,
-        peak_bytes=round(0.97 * float(plan.memory.device_bytes[row])),
+        peak_bytes=round(0.97 * float(PLAN.memory.device_bytes[row])),
     )
 
 
-def rungs_of(settings: Sequence[Setting], **figures: float) -> list[Rung]:
+def rungs_of(settings: Sequence[Setting], *, slower: float = 1.3) -> list[Rung]:
     """Return a measured rung of each setting, a minute apart."""
     return [
         Rung(
             setting=setting,
             ranks=2,
             lengths={"longest": 1123, "timed": [128, 1024]},
-            outcome=truth(setting, **figures),
+            outcome=truth(setting, slower=slower),
             at=f"2026-01-01T00:{minute % 60:02d}:00+00:00",
             seconds=20.0 + minute,
         )
@@ -73,10 +78,10 @@ def rungs_of(settings: Sequence[Setting], **figures: float) -> list[Rung]:
     ]
 
 
-def fastest(count: int, plan: Plan = PLAN) -> list[Setting]:
+def fastest(count: int) -> list[Setting]:
     """Return so many settings that fit, the fastest first."""
-    rows = [row for row in plan.ranking().tolist() if plan.fits[row]]
-    return [plan.space.setting(row) for row in rows[:count]]
+    rows = [row for row in PLAN.ranking().tolist() if PLAN.fits[row]]
+    return [PLAN.space.setting(row) for row in rows[:count]]
 
 
 def failed(rung: Rung, evidence: str = "torch.OutOfMemoryError: no more") -> Rung:
@@ -148,15 +153,16 @@ class Example:
         return run_dir
 
     def _figures(self) -> dict[str, Any]:
-        measured = [rung for rung in self.rungs if isinstance(rung.outcome, Measured)]
+        measured = [
+            (rung.setting, rung.outcome)
+            for rung in self.rungs
+            if isinstance(rung.outcome, Measured)
+        ]
         if not self.is_tuned or not measured:
             return {}
-        best = max(measured, key=lambda rung: rung.outcome.tokens_per_s)  # type: ignore[union-attr]
-        default = measured[-1]
-        assert isinstance(best.outcome, Measured)
-        assert isinstance(default.outcome, Measured)
-        row = PLAN.row_of(best.setting)
-        assert row is not None
+        best, fast = max(measured, key=lambda each: each[1].tokens_per_s)
+        default, usual = measured[-1]
+        row = row_of(best)
         trained = {
             "training": {
                 "steps": len(self.steps),
@@ -167,18 +173,18 @@ class Example:
             "model_dir": "model",
         }
         return {
-            "setting": best.setting.to_json(),
-            "tokens_per_s": best.outcome.tokens_per_s,
-            "samples_per_s": best.outcome.samples_per_s,
-            "step_time_s": best.outcome.step_time_s,
+            "setting": best.to_json(),
+            "tokens_per_s": fast.tokens_per_s,
+            "samples_per_s": fast.samples_per_s,
+            "step_time_s": fast.step_time_s,
             "default": {
-                "setting": default.setting.to_json(),
-                "tokens_per_s": default.outcome.tokens_per_s,
+                "setting": default.to_json(),
+                "tokens_per_s": usual.tokens_per_s,
             },
-            "gain_over_default": best.outcome.tokens_per_s / default.outcome.tokens_per_s,
+            "gain_over_default": fast.tokens_per_s / usual.tokens_per_s,
             "memory": {
                 "predicted_bytes": round(float(PLAN.memory.device_bytes[row])),
-                "measured_bytes": best.outcome.peak_bytes,
+                "measured_bytes": fast.peak_bytes,
                 "budget_bytes": PLAN.budget_bytes,
             },
             "probes": 3,

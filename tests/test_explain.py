@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_directories import PLAN, Example, failed, fastest, plan_json, rungs_of, truth
+from run_directories import PLAN, Example, failed, fastest, plan_json, row_of, rungs_of, truth
 
 from autotune.outcome import Crashed, Measured, Rung, TimedOut, Unknown
 from autotune.report.belief import beliefs
@@ -83,9 +83,10 @@ def test_what_splits_the_batch_more_often_lost_by_communication(tmp_path: Path) 
     rungs = [measured(CHOSEN, share=1.0), measured(smallest, share=0.5)]
     other = alternative(explained(rungs, tmp_path), smallest)
 
-    rows = [PLAN.row_of(setting) for setting in (CHOSEN, smallest)]
+    mine, theirs = map(row_of, (CHOSEN, smallest))
     computing, talking = (
-        np.diff(column[rows])[0] for column in (PLAN.terms.computing_s, PLAN.terms.communication_s)
+        column[theirs] - column[mine]
+        for column in (PLAN.terms.computing_s, PLAN.terms.communication_s)
     )
     assert other.term == ("communication" if talking > computing else "computing")
     assert talking > computing
@@ -169,8 +170,7 @@ def test_beliefs_are_those_that_the_search_had(tmp_path: Path) -> None:
 
     assert len(found) == len(record.entries)
     for setting, belief in found.items():
-        row = PLAN.row_of(setting)
-        assert row is not None
+        row = row_of(setting)
         speed = float(np.exp(expected.log_tokens_per_s[row]))
         assert belief.tokens_per_s == pytest.approx(speed)
         assert belief.error == pytest.approx(float(expected.log_sd[row]))

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from run_directories import PLAN, Example, failed, fastest, plan_json, rungs_of, steps
+from run_directories import PLAN, Example, failed, fastest, plan_json, row_of, rungs_of, steps
 
 from autotune.errors import InputMissingError
 from autotune.outcome import Crashed, Measured
+from autotune.report.drawing import Box, Line, Point
 from autotune.report.figures import figures
 from autotune.report.page import render, write_report
 from autotune.report.record import RunRecord
@@ -263,9 +264,7 @@ def test_memory_is_that_of_plan_and_probe(tmp_path: Path) -> None:
 
     assert memory.bars is not None
     for rung, row, cells in zip(example.rungs, memory.bars.rows, memory.table.rows, strict=True):
-        place = PLAN.row_of(rung.setting)
-        assert place is not None
-        terms = PLAN.memory.row(place)
+        terms = PLAN.memory.row(row_of(rung.setting))
         assert isinstance(rung.outcome, Measured)
         estimated, measured = row.tracks
         assert row.label == cells[0] == rung.setting.label()
@@ -301,7 +300,7 @@ def test_the_best_so_far_never_falls(tmp_path: Path) -> None:
     assert best == sorted(best)
     assert search.table.rows[2][3] == "out of device memory"
     (line,) = (
-        mark for mark in search.charts[0].marks if mark.kind == "line" and mark.look == "best"
+        mark for mark in search.charts[0].marks if isinstance(mark, Line) and mark.look == "best"
     )
     heights = [y for _, y in line.points]
     assert heights == sorted(heights, reverse=True)
@@ -315,7 +314,7 @@ def test_what_no_plan_kept_is_shaded_as_pruned(tmp_path: Path) -> None:
         shaded = {
             int(re.findall(r"\d+", mark.note)[0])
             for mark in chart.marks
-            if mark.kind == "box" and mark.look == "pruned"
+            if isinstance(mark, Box) and mark.look == "pruned"
         }
         kept = {
             setting.micro_batch_size
@@ -334,12 +333,12 @@ def test_points_of_the_scatter_are_where_estimate_and_measurement_say(tmp_path: 
     for row in accuracy.table.rows:
         assert row[3] == "1.50"
     marks = accuracy.charts[0].marks
-    (line,) = (mark for mark in marks if mark.kind == "line" and mark.look == "limit")
+    (line,) = (mark for mark in marks if isinstance(mark, Line) and mark.look == "limit")
     (left, bottom), (right, top) = line.points
     above = [
         bottom + (mark.x - left) / (right - left) * (top - bottom) - mark.y
         for mark in marks
-        if mark.kind == "point"
+        if isinstance(mark, Point)
     ]
     # The axes are logarithmic and all are off by the same factor.
     assert len(above) == 6
@@ -368,7 +367,7 @@ def test_the_steps_of_a_long_training_are_thinned_and_keep_their_ends(tmp_path: 
     rows = training.table.rows
     assert (rows[0][0], rows[-1][0]) == ("1", "1000")
     assert rows[-1][1] == f"{taken[-1]['loss']:.4f}"
-    points = [mark for mark in training.charts[0].marks if mark.kind == "point"]
+    points = [mark for mark in training.charts[0].marks if isinstance(mark, Point)]
     assert len(points) <= 300
 
 

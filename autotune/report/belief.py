@@ -9,6 +9,7 @@ from autotune.plan import Plan, StepTerms
 from autotune.report.record import Document, RunRecord
 from autotune.setting import Setting
 from autotune.space import Space
+from autotune.throughput import Floats
 from autotune.tune.beliefs import update
 from autotune.tune.earlier import trustworthy
 from autotune.tune.faults import worth_knowing
@@ -61,10 +62,10 @@ def _listed_plan(document: Document) -> Plan:
     structures = tuple(dict.fromkeys(setting.structure for setting in settings))
     place = {structure: index for index, structure in enumerate(structures)}
 
-    def column(part: str, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def column(part: str, name: str) -> Floats:
         return np.array([float(entry[part][name]) for entry in entries])
 
-    def figure(name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def figure(name: str) -> Floats:
         return np.array([float(entry[name]) for entry in entries])
 
     return Plan(

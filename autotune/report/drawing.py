@@ -315,7 +315,8 @@ def staircase(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float
 
 def stack(parts: Sequence[tuple[str, str, float]], scale: float) -> tuple[Segment, ...]:
     """Return the segments of parts (look, note, amount) one after the other."""
-    segments, at = [], 0.0
+    segments: list[Segment] = []
+    at = 0.0
     for look, note, amount in parts:
         if amount > 0:
             length = amount / scale

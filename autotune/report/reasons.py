@@ -209,7 +209,8 @@ class _Judge:
     def alternative(self, other: Setting) -> Alternative:
         outcome = self._record.tried.get(other)
         rejection = self._record.entries.get(other, {}).get("rejected_by")
-        tokens_per_s, standing = None, "measured"
+        tokens_per_s: float | None = None
+        standing: Standing = "measured"
         if isinstance(outcome, Measured):
             tokens_per_s = outcome.tokens_per_s
             term, reason = self._slower(other, outcome)

@@ -105,11 +105,6 @@ class RunRecord:
         """The settings of the plan with their estimates, in its order."""
         return {Setting.from_json(one["setting"]): one for one in self.plan.get("settings", [])}
 
-    @cached_property
-    def ended_badly(self) -> bool:
-        """Whether the run ended without what was asked for, a stop from outside included."""
-        return bool(self.result.get("exit_code"))
-
     @property
     def phase(self) -> str:
         """What the run does or did last."""

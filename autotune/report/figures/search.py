@@ -12,7 +12,8 @@ def search(record: RunRecord) -> Figure | None:
     """Draw what was found over the time that probes took, with the best so far."""
     if not record.rungs:
         return None
-    spent_s, best, walked = 0.0, 0.0, []
+    walked: list[tuple[float, Rung, float]] = []
+    spent_s = best = 0.0
     for rung in record.rungs:
         spent_s += 0.0 if rung.cached else rung.seconds
         best = max(best, speed(rung.outcome))
