@@ -346,6 +346,21 @@ def test_points_of_the_scatter_are_where_estimate_and_measurement_say(tmp_path: 
     assert above[0] > 0
 
 
+def test_lengths_say_what_is_cut_off_and_what_is_padding(tmp_path: Path) -> None:
+    record = RunRecord.read(Example().write(tmp_path / "run"))
+    (lengths,) = (figure for figure in figures(record) if figure.key == "lengths")
+
+    rows = {row[0]: row[1:] for row in lengths.table.rows}
+    assert rows["rows cut off at the limit"] == ("30", "2.7%")
+    assert rows["tokens lost by the limit"][0] == "12345"
+    assert rows["padding at micro-batch 1, random sampling"][1] == "0.0%"
+    padding = float(rows["padding at micro-batch 8, random sampling"][1].removesuffix("%"))
+    setting = next(one for one in record.entries if one.micro_batch_size == 8)
+    share = float(PLAN.terms.padding_share[row_of(setting)])
+    assert padding == pytest.approx(100 * share, abs=0.06)
+    assert len(lengths.charts) == 2
+
+
 def test_rejected_settings_are_counted_by_rule_with_the_nearest(tmp_path: Path) -> None:
     plan = plan_json()
     record = RunRecord.read(Example(plan=plan).write(tmp_path / "run"))

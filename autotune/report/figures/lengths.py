@@ -69,7 +69,7 @@ def lengths(record: RunRecord) -> Figure | None:
                 for (look, shape), sampling in zip(_OF_SAMPLINGS, padding, strict=False)
             ),
         ),
-        table=_lengths_table(bars, padding),
+        table=_lengths_table(data, padding),
     )
 
 
@@ -126,23 +126,35 @@ def _padding_chart(padding: Mapping[str, Mapping[int, float]]) -> Chart:
     return frame.chart("Padding", f"Up to {highest:.0%} of what is computed is padding.", marks)
 
 
-def _lengths_table(
-    bars: Sequence[tuple[int, int]], padding: Mapping[str, Mapping[int, float]]
-) -> Table:
+def _lengths_table(data: Document, padding: Mapping[str, Mapping[int, float]]) -> Table:
+    bars = data["histogram"]
     total = sum(count for _, count in bars)
     rows = [
         (f"sequences of up to {up_to} tokens", str(count), f"{count / total:.1%}")
         for up_to, count in bars
     ]
     rows += [
+        (words, str(data.get(name, 0)), f"{data.get(name, 0) / max(1, data['rows']):.1%}")
+        for name, words in _CUT_OFF.items()
+    ]
+    lost = data.get("tokens_lost", 0)
+    rows.append(("tokens lost by the limit", str(lost), f"{lost / (lost + data['tokens']):.1%}"))
+    rows += [
         (f"padding at micro-batch {size}, {sampling} sampling", "", f"{share:.1%}")
         for sampling, shares in padding.items()
         for size, share in shares.items()
     ]
     return Table(
-        caption="Lengths and padding",
+        caption="Lengths, what is cut off, and padding",
         columns=("what", "count", "share"),
         numbers=frozenset({1, 2}),
         rows=tuple(rows[:MOST_ROWS]),
         left_out=left_out(len(rows)),
     )
+
+
+_CUT_OFF = {
+    "rows_truncated": "rows cut off at the limit",
+    "rows_overlong": "rows left out for their length",
+    "rows_without_trained_tokens": "rows with nothing left to train on",
+}
