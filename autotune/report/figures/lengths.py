@@ -1,7 +1,7 @@
 """Lengths of the data: what is cut off, and what is padding."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from autotune.report.drawing import (
     Axis,
