@@ -179,10 +179,10 @@ def test_the_dashboard_shows_the_study_until_it_is_interrupted(run_dir: RunDir) 
         assert process.stdout is not None
         line = process.stdout.readline()
         (address,) = re.findall(r"http://127\.0\.0\.1:\d+", line)
-        with urllib.request.urlopen(f"{address}/api/studies", timeout=30) as answer:  # noqa: S310 - ours
+        with urllib.request.urlopen(f"{address}/api/studies", timeout=120) as answer:  # noqa: S310 - ours
             (study,) = json.load(answer)["study_summaries"]
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
 
     assert study["study_name"] == "autotune"
     assert (process.returncode, errors) == (0, "")

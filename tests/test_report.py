@@ -155,7 +155,7 @@ def test_a_name_that_is_no_unicode_is_written_as_such(tmp_path: Path) -> None:
         (65, "DatasetError", "autotune data FILE"),
         (66, "InputMissingError", "path or name"),
         (69, "NoUsableDeviceError", "autotune detect"),
-        (70, "SetupFaultError", "logs of the ranks"),
+        (70, "SetupFaultError", "ranks' logs"),
         (71, "NothingFitsError", "would fit with"),
         (72, "TrainingFailedError", "training's log"),
         (73, "CannotWriteError", "Make room"),

@@ -318,8 +318,8 @@ def stack(parts: Sequence[tuple[str, str, float]], scale: float) -> tuple[Segmen
     segments: list[Segment] = []
     at = 0.0
     for look, note, amount in parts:
-        if amount > 0:
-            length = amount / scale
+        length = amount / scale
+        if length > 0:
             segments.append(Segment(start=at, length=length, look=look, note=note))
             at += length
     return tuple(segments)
