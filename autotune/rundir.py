@@ -84,6 +84,10 @@ class RunDir:
         return self.root / "model"
 
     @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    @property
     def status(self) -> Path:
         return self.root / "status.json"
 
