@@ -50,7 +50,7 @@ class _Commands(click.Group):
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="autotune")
-def _autotune() -> None:
+def group() -> None:
     """Find the fastest DeepSpeed setting that fits your devices, then train with it."""
 
 
@@ -78,7 +78,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - 
 
 def _run() -> int:
     try:
-        _autotune.main(standalone_mode=False)
+        group.main(standalone_mode=False)
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
     except click.ClickException as error:

@@ -1,0 +1,183 @@
+"""Writes what follows from the source: docs/reference/ and the JSON Schema of configurations.
+
+`make docs-reference` runs it; a test tells when it has to be run.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from click.testing import CliRunner
+
+from autotune import cli, errors
+from autotune.config import OPTIONS, Option, json_schema
+from autotune.knobs import KNOBS
+from autotune.rundir import RunDir
+
+REPOSITORY = Path(__file__).parent.parent
+REFERENCE = REPOSITORY / "docs" / "reference"
+
+MADE = "<!-- Made by docs/make_reference.py: change the source, then `make docs-reference`. -->"
+
+COMMANDS = """
+# Commands
+
+Results go to stdout, everything else to stderr. `--json` prints one JSON document on stdout. No
+command asks anything. What options are keys of a configuration file too is in
+[configuration.md](configuration.md), what the commands exit with in
+[exit-codes.md](exit-codes.md).
+
+{blocks}
+"""
+
+CONFIGURATION = """
+# Configuration
+
+Each of these is a key of a YAML file, and with dashes a flag of the commands that have it:
+`global_batch_size` is `--global-batch-size`. A flag goes before the file that `--config` names,
+that before `./autotune.yaml`, and that before the default. An unknown key is refused with the
+nearest one (exit code 78). What may be repeated on the command line is a list in YAML, and
+`KEY=VALUE` a mapping. A default in brackets follows from other facts.
+
+`configs/autotune.schema.json` is a JSON Schema of such files: an editor with the YAML language
+server completes and checks keys by it in a file that begins with
+
+```yaml
+# yaml-language-server: $schema=configs/autotune.schema.json
+```
+
+{options}
+
+## Knobs
+
+What `set` pins; [knobs.md](../knobs.md) says what each does.
+
+{knobs}
+"""
+
+RUN_DIRECTORY = r"""
+# The run directory
+
+`runs/<dataset>-<model>-<first 8 of the fingerprint>/` below the working directory, or
+`--run-dir`. Files are the user's alone, and are whole or not there. The same command goes on with
+what is in it; nothing is deleted. JSON documents have a field `schema`.
+
+{files}
+
+What can be used again by other runs is in `$AUTOTUNE_CACHE`, else in `autotune/` of the user's
+cache directory: tokenised data, profiles, built ops, measured outcomes, translated models.
+"""
+
+EXIT_CODES = """
+# Exit codes
+
+An error is one sentence on stderr: what was found, what was needed, what to do next.
+`result.json` has its name and the code.
+
+{codes}
+
+`plan` and `estimate` answer 0 also when nothing fits.
+"""
+
+
+def documents() -> dict[Path, str]:
+    """Return the text of every file that is made, by its path."""
+    return {
+        REFERENCE / "commands.md": commands(),
+        REFERENCE / "configuration.md": configuration(),
+        REFERENCE / "run-directory.md": run_directory(),
+        REFERENCE / "exit-codes.md": exit_codes(),
+        REPOSITORY / "configs" / "autotune.schema.json": json.dumps(json_schema(), indent=2) + "\n",
+    }
+
+
+def help_of(*words: str) -> str:
+    """Return what a command prints for --help where the terminal is 80 columns wide or wider."""
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(
+        cli.group, [*words, "--help"], prog_name="autotune"
+    )
+    assert shown.exit_code == 0, shown.output
+    return shown.output
+
+
+def commands() -> str:
+    blocks = [_help_block()]
+    for name in cli.COMMANDS:
+        blocks += [f"## autotune {name}", _help_block(name)]
+    return _page(COMMANDS.format(blocks="\n\n".join(blocks)))
+
+
+def _help_block(*words: str) -> str:
+    return f"```text\n$ {' '.join(['autotune', *words])} --help\n{help_of(*words)}```"
+
+
+def configuration() -> str:
+    options = [(_code(one.name), _values(one), _default(one), one.help) for one in OPTIONS]
+    knobs = [(_code(one.name), one.values, ", ".join(map(str, one.stages))) for one in KNOBS]
+    return _page(
+        CONFIGURATION.format(
+            options=_table(("key", "value", "default", "what it is"), options),
+            knobs=_table(("knob", "values", "ZeRO stages that have it"), knobs),
+        )
+    )
+
+
+def _values(option: Option) -> str:
+    return _code(option.metavar) if option.metavar else "`true` or `false`"
+
+
+def _default(option: Option) -> str:
+    if option.default is None:
+        return ""
+    return _code(option.default if isinstance(option.default, str) else json.dumps(option.default))
+
+
+def run_directory() -> str:
+    run_dir = RunDir(Path("/"))
+    rows = []
+    for name, value in vars(RunDir).items():
+        if isinstance(value, property):
+            path: Path = getattr(run_dir, name)
+            meaning = " ".join((value.__doc__ or "").split())
+            rows.append((_code(f"{path.name}{'' if path.suffix else '/'}"), meaning))
+    return _page(RUN_DIRECTORY.format(files=_table(("file", "what it is"), rows)))
+
+
+def exit_codes() -> str:
+    tree = re.findall(r"(\w+Error) +(\d+) +(.+)", errors.__doc__ or "")
+    rows = [("0", "done", ""), ("1", "a bug; its traceback is on stderr", "")]
+    rows += [(code, meaning, _code(name)) for name, code, meaning in tree]
+    rows.sort(key=lambda row: int(row[0]))
+    return _page(EXIT_CODES.format(codes=_table(("code", "what it means", "`exit_reason`"), rows)))
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Return a text in which nothing ends the cell or is taken for HTML."""
+    text = text.replace("|", r"\|")
+    return text if text.startswith("`") else text.replace("<", r"\<")
+
+
+def _page(text: str) -> str:
+    return f"{MADE}\n{text}"
+
+
+def main() -> None:
+    for path, text in documents().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        click.echo(path.relative_to(REPOSITORY))
+
+
+if __name__ == "__main__":
+    main()
