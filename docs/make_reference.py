@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from click.testing import CliRunner
@@ -81,6 +82,19 @@ An error is one sentence on stderr: what was found, what was needed, what to do 
 `plan` and `estimate` answer 0 also when nothing fits.
 """
 
+RESULTS = """
+# Measured results
+
+Of the machine that each file names, and of nothing else. The scripts beside the files measure
+them again.
+
+{results}
+
+More, each beside what it is about: how far estimates are to be believed in
+[accuracy.md](accuracy.md), plans in [planning.md](planning.md), the search in
+[search.md](search.md), data in [data.md](data.md).
+"""
+
 
 def documents() -> dict[Path, str]:
     """Return the text of every file that is made, by its path."""
@@ -89,6 +103,7 @@ def documents() -> dict[Path, str]:
         REFERENCE / "configuration.md": configuration(),
         REFERENCE / "run-directory.md": run_directory(),
         REFERENCE / "exit-codes.md": exit_codes(),
+        REPOSITORY / "docs" / "results.md": results(),
         REPOSITORY / "configs" / "autotune.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
 
@@ -151,6 +166,56 @@ def exit_codes() -> str:
     rows += [(code, meaning, _code(name)) for name, code, meaning in tree]
     rows.sort(key=lambda row: int(row[0]))
     return _page(EXIT_CODES.format(codes=_table(("code", "what it means", "`exit_reason`"), rows)))
+
+
+def results() -> str:
+    planned = _result("many_settings")
+    steps = _result("predicted_against_trained")
+    by_hand = _result("throughput_against_hand_written")
+    probes = _result("warm_against_cold")
+    published = _result("published")
+    rows = [
+        (
+            f"{planned['settings']:,} settings estimated and ranked, the profile being there",
+            f"{planned['estimate_and_rank']['wall_s']:.2f} s",
+            "many_settings.json",
+        ),
+        (
+            "step time predicted by a probe over the trained one, at accumulation "
+            + ", ".join(str(one["gradient_accumulation_steps"]) for one in steps["settings"]),
+            ", ".join(f"{one['ratio']['median']:.2f}" for one in steps["settings"]),
+            "predicted_against_trained.json",
+        ),
+        (
+            "speed of the training over that of a loop written by hand, the same setting",
+            f"{by_hand['ratio']:.2f}",
+            "throughput_against_hand_written.json",
+        ),
+        (
+            "a probe of four rungs by warm ranks over one by cold ranks",
+            f"{probes['ratio']['median']:.2f} of the time",
+            "warm_against_cold.json",
+        ),
+        (
+            "published settings that ran and are said to fit",
+            f"{published['ran']['said_to_fit']} of {published['ran']['rows']}",
+            "published.json",
+        ),
+        (
+            "published settings that ran out of memory and are said to fit",
+            "{said_to_fit} of {rows}".format(**published["ran_out_of_memory"]),
+            "published.json",
+        ),
+    ]
+    table = _table(
+        ("what", "figure", "`benchmarks/results/`"),
+        [(what, figure, _code(file)) for what, figure, file in rows],
+    )
+    return _page(RESULTS.format(results=table))
+
+
+def _result(name: str) -> Any:  # noqa: ANN401 - JSON
+    return json.loads((REPOSITORY / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def _code(text: str) -> str:
