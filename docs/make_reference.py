@@ -95,6 +95,16 @@ More, each beside what it is about: how far estimates are to be believed in
 [search.md](search.md), data in [data.md](data.md).
 """
 
+TOOLS = """
+# Tools that exports were given to
+
+Of each tool what installed on that day, on two CPU ranks, by `make exports-check`: a tiny model
+with all parameters at ZeRO 3 with checkpointing, and with adapters at ZeRO 2.
+[other-tools.md](../how-to/other-tools.md) says what is exported.
+
+{tools}
+"""
+
 
 def documents() -> dict[Path, str]:
     """Return the text of every file that is made, by its path."""
@@ -103,6 +113,7 @@ def documents() -> dict[Path, str]:
         REFERENCE / "configuration.md": configuration(),
         REFERENCE / "run-directory.md": run_directory(),
         REFERENCE / "exit-codes.md": exit_codes(),
+        REFERENCE / "tools.md": tools(),
         REPOSITORY / "docs" / "results.md": results(),
         REPOSITORY / "configs" / "autotune.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
@@ -212,6 +223,26 @@ def results() -> str:
         [(what, figure, _code(file)) for what, figure, file in rows],
     )
     return _page(RESULTS.format(results=table))
+
+
+def tools() -> str:
+    rows = [
+        (
+            _code(name),
+            ", ".join(f"{package} {version}" for package, version in found["versions"].items()),
+            *(_taken(found["exports"][variant]) for variant in ("full", "lora")),
+            found["date"],
+        )
+        for name, found in _result("exports")["tools"].items()
+    ]
+    columns = ("`--to`", "versions", "all parameters", "adapters", "date")
+    return _page(TOOLS.format(tools=_table(columns, rows)))
+
+
+def _taken(tried: dict[str, Any]) -> str:
+    if not tried["accepted"]:
+        return "refused"
+    return f"{tried['steps']} steps trained" if tried["trained"] else "read"
 
 
 def _result(name: str) -> Any:  # noqa: ANN401 - JSON

@@ -35,7 +35,7 @@ _AS_THE_TRAINER = (
 
 def export(tuned: TunedRun) -> Export:
     trainer = tuned.trainer
-    notes = differences(tuned, "Axolotl", every_n=True, rebalances=False, chunks=True)
+    notes = differences(tuned, "Axolotl", every_n=False, rebalances=False, chunks=True)
     content = {
         "base_model": tuned.model,
         "trust_remote_code": tuned.spec.trust_remote_code or None,
@@ -59,7 +59,8 @@ def export(tuned: TunedRun) -> Export:
         "warmup_ratio": trainer["warmup_steps"],
         **{name: trainer[name] for name in _AS_THE_TRAINER},
         "tf32": False,
-        **_checkpointing(tuned),
+        "gradient_checkpointing": tuned.checkpoints,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if tuned.checkpoints else None,
         "chunked_cross_entropy": True if tuned.setting.structure.loss == CHUNKED else None,
         **save_strategy(tuned),
         "deepspeed": DS_CONFIG,
@@ -78,15 +79,6 @@ def export(tuned: TunedRun) -> Export:
 def _rows(name: str) -> dict[str, Any]:
     # Without a type, as the rows have their tokens and labels already.
     return {"path": name, "ds_type": "json", "split": "train", "type": None}
-
-
-def _checkpointing(tuned: TunedRun) -> dict[str, Any]:
-    if not tuned.checkpoints:
-        return {"gradient_checkpointing": False}
-    kwargs: dict[str, Any] = {"use_reentrant": False}
-    if tuned.every_n_layers > 1:
-        kwargs["every_n_layers"] = tuned.every_n_layers
-    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
 
 
 def _adapters(tuned: TunedRun) -> dict[str, Any]:
