@@ -190,7 +190,6 @@ def _run_script(tuned: TunedRun, export: Export) -> str:
     if tuned.on_cpu:
         environment |= {
             "DS_ACCELERATOR": "cpu",
-            "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": str(tuned.spec.threads_per_rank),
         }
     exports = "\n".join(

@@ -2,9 +2,10 @@
 
 `make exports-check` runs it, `make exports-check TOOLS="trl axolotl"` for some. A tiny model is
 tuned on two CPU ranks, once with all parameters at ZeRO 3 and once with adapters at ZeRO 2,
-exported for each tool, and trained for two steps in an environment of the tool's own. Environments
-stay in build/exports and are used again; remove one to have today's versions. What was accepted is
-in benchmarks/results/exports.json, from which the documentation has its versions.
+exported for each tool, and trained for two steps in an environment of the tool's own, which has
+torch and DeepSpeed from ours and all that the tool pins in its own versions. Environments stay in
+build/exports and are used again; remove one to have today's versions. What was accepted is in
+benchmarks/results/exports.json, from which the documentation has its versions.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,34 +39,44 @@ VARIANTS: Mapping[str, Sequence[str]] = MappingProxyType(
 
 NOT_NEEDED = {
     # Of other accelerators, clouds, user interfaces and evaluations; or of a CUDA build of torch.
-    *("torch", "torchvision", "torchaudio", "torchdata", "xformers", "fla-core"),
+    *("torch", "torchvision", "torchdata", "xformers", "fla-core"),
     *("flash-linear-attention", "gradio", "modal", "s3fs", "gcsfs", "adlfs", "ocifs", "lm-eval"),
     *("openenv-core", "trackio", "oss2", "av", "wandb", "tensorboard", "evaluate", "optimum"),
 }
 
 
+PROGRAMS = {
+    "torchrun": "torch.distributed.run",
+    "accelerate": "accelerate.commands.accelerate_cli",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A tool: the package, what else its environment gets, what has it read a file and no more."""
+    """A tool.
+
+    Attributes:
+        package: that is installed, with what it asks for.
+        newest: what else is to be of today, where it would be content with ours.
+        reads: Python that has it read the exported file and do no more.
+    """
 
     package: str
-    besides: tuple[str, ...] = ("deepspeed", "peft")
-    without_dependencies: tuple[str, ...] = ()
+    newest: tuple[str, ...] = ()
     reads: str | None = None
 
 
 TOOLS: Mapping[str, Tool] = MappingProxyType(
     {
-        "transformers": Tool(package="transformers", besides=("deepspeed", "peft", "accelerate")),
-        "accelerate": Tool(package="accelerate", besides=("deepspeed", "transformers")),
-        "trl": Tool(package="trl"),
-        "llama-factory": Tool(package="llamafactory", without_dependencies=("torchaudio",)),
+        "transformers": Tool(package="transformers", newest=("accelerate",)),
+        "accelerate": Tool(package="accelerate", newest=("transformers",)),
+        "trl": Tool(package="trl", newest=("transformers", "accelerate")),
+        "llama-factory": Tool(package="llamafactory"),
         "axolotl": Tool(
             package="axolotl",
-            besides=("deepspeed<0.19,>=0.18.6",),
             reads="from axolotl.cli.config import load_cfg; load_cfg('axolotl.yaml')",
         ),
-        "ms-swift": Tool(package="ms-swift", besides=("deepspeed",)),
+        "ms-swift": Tool(package="ms-swift"),
     }
 )
 
@@ -142,21 +154,30 @@ def _environment(name: str, tool: Tool) -> Path:
     if done.exists():
         return python
     shutil.rmtree(venv, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    _run([sys.executable, "-m", "venv", "--without-pip", str(venv)])
+    (own,) = venv.glob("lib/python*/site-packages")
+    # What an environment has itself goes before what a .pth file adds.
+    (own / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
     constraints = BUILD / "constraints.txt"
     torch = re.search(r"^torch==.+$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
     assert torch is not None, "constraints.txt pins torch"
     # Any other torch might be a CUDA build of gigabytes.
     constraints.write_text(f"{torch[0]}\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
-    _run([*pip, "torch", "wheel", "setuptools", "ninja", "packaging"])
-    _run([*pip, "--no-deps", tool.package, *tool.without_dependencies])
-    environment = {**os.environ, "DS_BUILD_OPS": "0"}
-    # DeepSpeed is built from source, and needs torch for it.
-    needed = [*_dependencies(python, tool.package), *tool.besides]
-    _run([*pip, "--no-build-isolation", *needed], environment)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    pip += ["--no-compile", "--constraint", str(constraints)]
+    _run([*pip, "--upgrade", "--no-deps", tool.package, *tool.newest])
+    _run([*pip, *_dependencies(python, tool.package)])
+    # The programs of packages that come from ours.
+    for program, module in PROGRAMS.items():
+        _write_program(venv / "bin" / program, python, module)
     done.touch()
     return python
+
+
+def _write_program(path: Path, python: Path, module: str) -> None:
+    if not path.exists():
+        path.write_text(f'#!/bin/sh\nexec "{python}" -m {module} "$@"\n')
+        path.chmod(0o755)
 
 
 def _dependencies(python: Path, package: str) -> list[str]:
