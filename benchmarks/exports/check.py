@@ -59,11 +59,13 @@ class Tool:
         package: that is installed, with what it asks for.
         newest: what else is to be of today, where it would be content with ours.
         reads: Python that has it read the exported file and do no more.
+        arguments: of run.sh.
     """
 
     package: str
     newest: tuple[str, ...] = ()
     reads: str | None = None
+    arguments: tuple[str, ...] = ()
 
 
 TOOLS: Mapping[str, Tool] = MappingProxyType(
@@ -76,7 +78,7 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
             package="axolotl",
             reads="from axolotl.cli.config import load_cfg; load_cfg('axolotl.yaml')",
         ),
-        "ms-swift": Tool(package="ms-swift"),
+        "ms-swift": Tool(package="ms-swift", arguments=("--model_type", "qwen2")),
     }
 )
 
@@ -215,7 +217,7 @@ def _tried(name: str, tool: Tool, python: Path, run_dir: Path) -> dict[str, Any]
     if tool.reads is not None:
         log = directory / "read.log"
         found["accepted"] = _logged([str(python), "-c", tool.reads], directory, environment, log)
-    command = ["bash", "run.sh"]
+    command = ["bash", "run.sh", *tool.arguments]
     if name == "accelerate":
         command += _loop_arguments(run_dir)
     log = directory / "train.log"
