@@ -298,8 +298,24 @@ def test_rows_of_tokens_are_no_messages(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path, model_dir: Path, short_rows: Path) -> RunDir:
-    """Return a run directory as a tuning leaves it, the probes aside."""
-    directory = RunDir(tmp_path / HOSTILE)
+    return tuned_directory(tmp_path / HOSTILE, model_dir, short_rows)
+
+
+@pytest.fixture(scope="module")
+def exported_runs(
+    tmp_path_factory: pytest.TempPathFactory, model_dir: Path, short_rows: Path
+) -> Path:
+    """Return a directory with an export for each tool, in one whose name a shell would act on."""
+    directory = tmp_path_factory.mktemp("exports")
+    run_dir = tuned_directory(directory / HOSTILE, model_dir, short_rows)
+    for tool in EXPORTERS:
+        export_run(run_dir, tool, None)
+    return run_dir.exports
+
+
+def tuned_directory(root: Path, model_dir: Path, short_rows: Path) -> RunDir:
+    """Make a run directory as a tuning leaves it, the probes aside."""
+    directory = RunDir(root)
     directory.create()
     prepared(short_rows, directory.dataset, packing=False)
     cluster = make_cluster(cpu_ranks=2)
@@ -335,17 +351,63 @@ def result_of(setting: Setting) -> dict[str, Any]:
     }
 
 
-def test_an_export_is_complete_and_its_script_is_bash(run_dir: RunDir) -> None:
-    for tool in EXPORTERS:
-        exported = export_run(run_dir, tool, None)
-        assert exported.directory == run_dir.exports / tool
-        assert {"run.sh", "ds_config.json"} <= set(exported.files)
-        subprocess.run(["bash", "-n", exported.directory / "run.sh"], check=True)
-        if exported.rows is not None:
-            assert len(lines_of(exported.directory / "train.jsonl")) == exported.rows == 48
-            assert (exported.directory / "model" / "model.safetensors").exists()
-            assert (exported.directory / "model" / "tokenizer.json").exists()
-        assert not list(run_dir.exports.glob(".*"))
+def test_an_export_is_complete(exported_runs: Path) -> None:
+    assert {path.name for path in exported_runs.iterdir()} == set(EXPORTERS)
+    for directory in exported_runs.iterdir():
+        assert json.loads((directory / "ds_config.json").read_text())
+        if directory.name != "accelerate":
+            assert len(lines_of(directory / "train.jsonl")) == 48
+            assert (directory / "model" / "model.safetensors").exists()
+            assert (directory / "model" / "tokenizer.json").exists()
+
+
+PROGRAMS = ("torchrun", "accelerate", "trl", "llamafactory-cli", "axolotl", "swift", "python")
+
+
+@pytest.mark.parametrize(
+    ("tool", "started"),
+    [
+        ("transformers", "torchrun --standalone --nproc-per-node=2 train.py"),
+        ("accelerate", "accelerate launch --config_file {here}/accelerate.yaml"),
+        ("trl", "trl sft --config trl.yaml"),
+        ("llama-factory", "llamafactory-cli train llama_factory.yaml"),
+        (
+            "axolotl",
+            "axolotl train axolotl.yaml --launcher torchrun -- --standalone --nproc-per-node=2",
+        ),
+        ("ms-swift", "swift sft swift.yaml"),
+    ],
+)
+def test_the_script_starts_the_tool_with_what_it_is_given(
+    tool: str, started: str, exported_runs: Path, tmp_path: Path
+) -> None:
+    directory = exported_runs / tool
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in PROGRAMS:
+        program = programs / name
+        program.write_text(
+            "#!/bin/sh\n"
+            f'echo "{name} $*" > {programs}/started\npwd > {programs}/place\nenv > {programs}/env\n'
+        )
+        program.chmod(0o700)
+
+    subprocess.run(
+        ["bash", directory / "run.sh", "--more", "a b"],
+        cwd=tmp_path,
+        env={"PATH": f"{programs}:{os.environ['PATH']}"},
+        check=True,
+    )
+
+    words = (programs / "started").read_text().strip()
+    assert words == f"{started.format(here=directory)} --more a b"
+    place = Path((programs / "place").read_text().strip())
+    assert place == (tmp_path if tool == "accelerate" else directory)
+    environment = (programs / "env").read_text()
+    assert "DS_ACCELERATOR=cpu" in environment
+    if tool == "llama-factory":
+        assert "FORCE_TORCHRUN=1" in environment
+        assert "NPROC_PER_NODE=2" in environment
 
 
 def test_what_is_there_is_not_overwritten(run_dir: RunDir, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def export(tuned: TunedRun) -> Export:
         "deepspeed": DS_CONFIG,
     }
     dataset = {"rows": {"file_name": TRAIN_ROWS}}
-    launch = f"FORCE_TORCHRUN=1 NPROC_PER_NODE={tuned.ranks}"
+    launch = f"env FORCE_TORCHRUN=1 NPROC_PER_NODE={tuned.ranks}"
     return Export(
         files={
             "llama_factory.yaml": as_yaml(tuned, notes, content),
