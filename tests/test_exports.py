@@ -322,7 +322,6 @@ def tuned_directory(root: Path, model_dir: Path, short_rows: Path) -> RunDir:
     job = make_job(
         model=str(model_dir),
         model_dir=str(model_dir),
-        from_scratch=True,
         precision="fp32",
         global_batch_size=8,
         max_steps=2,
@@ -357,8 +356,6 @@ def test_an_export_is_complete(exported_runs: Path) -> None:
         assert json.loads((directory / "ds_config.json").read_text())
         if directory.name != "accelerate":
             assert len(lines_of(directory / "train.jsonl")) == 48
-            assert (directory / "model" / "model.safetensors").exists()
-            assert (directory / "model" / "tokenizer.json").exists()
 
 
 PROGRAMS = ("torchrun", "accelerate", "trl", "llamafactory-cli", "axolotl", "swift", "python")
@@ -455,6 +452,8 @@ def test_the_script_trains_without_autotune(
     done = autotune("export", tmp_path / "run", "--to", "transformers", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "run" / "exports" / "transformers"
+    # The model has none, so that it got some.
+    assert (directory / "model" / "model.safetensors").exists()
     assert "autotune" not in "".join(
         line
         for line in (directory / "train.py").read_text().splitlines()
