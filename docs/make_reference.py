@@ -230,7 +230,7 @@ def tools() -> str:
         (
             _code(name),
             ", ".join(f"{package} {version}" for package, version in found["versions"].items()),
-            *(_taken(found["exports"][variant]) for variant in ("full", "lora")),
+            *(_taken(found["exports"].get(variant)) for variant in ("full", "lora")),
             found["date"],
         )
         for name, found in _result("exports")["tools"].items()
@@ -239,10 +239,12 @@ def tools() -> str:
     return _page(TOOLS.format(tools=_table(columns, rows)))
 
 
-def _taken(tried: dict[str, Any]) -> str:
+def _taken(tried: dict[str, Any] | None) -> str:
+    if tried is None:
+        return "not tried"
     if not tried["accepted"]:
         return "refused"
-    return f"{tried['steps']} steps trained" if tried["trained"] else "read"
+    return f"read, {tried['steps']} steps trained" if tried["trained"] else "read"
 
 
 def _result(name: str) -> Any:  # noqa: ANN401 - JSON
