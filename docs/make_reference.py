@@ -98,8 +98,9 @@ More, each beside what it is about: how far estimates are to be believed in
 TOOLS = """
 # Tools that exports were given to
 
-Of each tool what installed on that day, on two CPU ranks, by `make exports-check`: a tiny model
-with all parameters at ZeRO 3 with checkpointing, and with adapters at ZeRO 2.
+Of each tool what installed on that day, in an environment of its own on a CPU: a tiny model with
+all parameters at ZeRO 3 with checkpointing, and with adapters at ZeRO 2. "Read" says that the
+tool's own parser took the file, nothing more. `make exports-check` tries them all, and trains.
 [other-tools.md](../how-to/other-tools.md) says what is exported.
 
 {tools}
