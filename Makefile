@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH_PIP := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: install demo test test-full test-browser lint clean
+.PHONY: install demo test test-full test-browser lint docs docs-reference exports-check clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,18 @@ test-browser: $(if $(CHROMIUM),$(VENV)/.browser,install)
 $(VENV)/.browser: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[browser]'
 	touch $@
+
+# The site, in docs/_site; a warning is an error.
+docs: install
+	$(BIN)/sphinx-build --quiet --fail-on-warning --fresh-env --builder html docs docs/_site
+
+# What of the documentation follows from the source.
+docs-reference: install
+	$(BIN)/python docs/make_reference.py
+
+# Exports, given to the real tools in environments of their own (build/exports), TOOLS or all.
+exports-check: install
+	$(BIN)/python benchmarks/exports/check.py $(TOOLS)
 
 clean:
 	rm -rf $(VENV)

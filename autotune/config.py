@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -83,6 +83,47 @@ _MAX_WHOLE = 2**63 - 1
 _MAX_SEED = 2**32 - 1
 """What the random generators of NumPy take."""
 
+Schema = dict[str, Any]
+
+_Reader = TypeVar("_Reader", bound=Parse)
+
+_SCHEMAS: dict[Parse, Schema] = {}
+"""JSON Schema of what each reader takes from YAML."""
+
+_NUMERIC = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
+_AMOUNT = r"^\s*[0-9]+(\.[0-9]+)?\s*[A-Za-z]*\s*$"
+_PAIR = "="
+
+
+def _takes(schema: Schema) -> Callable[[_Reader], _Reader]:
+    """Say what a reader takes, for editors; only the reader decides what is refused."""
+
+    def register(parse: _Reader) -> _Reader:
+        _SCHEMAS[parse] = schema
+        return parse
+
+    return register
+
+
+def _a_number(**bounds: Any) -> Schema:  # noqa: ANN401 - keywords of JSON Schema
+    # YAML 1.1 reads 1e-4 as text, YAML 1.2 as a number; an editor may do either.
+    return {"anyOf": [{"type": "number", **bounds}, {"type": "string", "pattern": _NUMERIC}]}
+
+
+_TEXTS: Schema = {
+    "anyOf": [
+        {"type": ["string", "integer"]},
+        {"type": "array", "items": {"type": ["string", "integer"]}},
+    ]
+}
+_PAIRS: Schema = {
+    "anyOf": [
+        {"type": "object"},
+        {"type": "string", "pattern": _PAIR},
+        {"type": "array", "items": {"type": "string", "pattern": _PAIR}},
+    ]
+}
+
 
 def _number(value: Any) -> Decimal:  # noqa: ANN401 - YAML or text; YAML reads 1e-4 as text
     try:
@@ -98,6 +139,7 @@ def _number(value: Any) -> Decimal:  # noqa: ANN401 - YAML or text; YAML reads 1
 def _whole(smallest: int, largest: int = _MAX_WHOLE) -> Parse:
     up_to = "" if largest == _MAX_WHOLE else f" and {largest} or less"
 
+    @_takes(_a_number(minimum=smallest, maximum=largest, multipleOf=1))
     def parse(value: Any) -> int:  # noqa: ANN401 - YAML or text
         number = _number(value)
         if not smallest <= number <= largest or number % 1:
@@ -111,6 +153,7 @@ def _whole(smallest: int, largest: int = _MAX_WHOLE) -> Parse:
 _POSITIVE = _whole(1)
 
 
+@_takes(_a_number(exclusiveMinimum=0))
 def _above_zero(value: Any) -> float:  # noqa: ANN401 - YAML or text
     number = float(_number(value))
     if not 0 < number < float("inf"):
@@ -119,6 +162,7 @@ def _above_zero(value: Any) -> float:  # noqa: ANN401 - YAML or text
     return number
 
 
+@_takes(_a_number(minimum=0, exclusiveMaximum=1))
 def _share(value: Any) -> float:  # noqa: ANN401 - YAML or text
     number = float(_number(value))
     if not 0 <= number < 1:
@@ -127,6 +171,7 @@ def _share(value: Any) -> float:  # noqa: ANN401 - YAML or text
     return number
 
 
+@_takes(_a_number(minimum=0))
 def _not_negative(value: Any) -> float:  # noqa: ANN401 - YAML or text
     number = float(_number(value))
     if not 0 <= number < float("inf"):
@@ -135,6 +180,7 @@ def _not_negative(value: Any) -> float:  # noqa: ANN401 - YAML or text
     return number
 
 
+@_takes({"type": ["string", "integer"]})
 def _text(value: Any) -> str:  # noqa: ANN401 - YAML or text
     text = str(value)
     if isinstance(value, bool) or not isinstance(value, str | int) or not text.strip():
@@ -143,6 +189,7 @@ def _text(value: Any) -> str:  # noqa: ANN401 - YAML or text
     return text
 
 
+@_takes({"type": "boolean"})
 def _flag(value: Any) -> bool:  # noqa: ANN401 - YAML or text
     if value is not True and value is not False:
         msg = f"{value!r} is neither true nor false"
@@ -150,10 +197,12 @@ def _flag(value: Any) -> bool:  # noqa: ANN401 - YAML or text
     return value
 
 
+@_takes({"anyOf": [{"const": "auto"}, *_a_number(minimum=1, multipleOf=1)["anyOf"]]})
 def _whole_or_auto(value: Any) -> int | None:  # noqa: ANN401 - YAML or text
     return None if value == "auto" else _POSITIVE(value)
 
 
+@_takes({"anyOf": [*_TEXTS["anyOf"], {"type": "object"}]})
 def _texts(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one or a list
     """Read one text or several; a mapping gives a text "name=value" for each of its entries."""
     if isinstance(value, dict):
@@ -161,6 +210,7 @@ def _texts(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one o
     return tuple(_text(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
 
 
+@_takes(_PAIRS)
 def _trainer_arguments(value: Any) -> dict[str, Any]:  # noqa: ANN401 - YAML or text
     """Read key=value, or a mapping; values are YAML, so that 10 is a number and yes is true."""
     if isinstance(value, dict):
@@ -184,6 +234,7 @@ def _trainer_arguments(value: Any) -> dict[str, Any]:  # noqa: ANN401 - YAML or 
     return given
 
 
+@_takes(_TEXTS)
 def _targets(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one or a list
     targets = _texts(value)
     if ALL_LINEAR in targets and len(targets) > 1:
@@ -192,6 +243,7 @@ def _targets(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - YAML or text, one
     return targets
 
 
+@_takes({"type": ["integer", "string"], "minimum": 0, "pattern": r"^\s*[0-9.]+%?\s*$"})
 def _cap(value: Any) -> str:  # noqa: ANN401 - YAML or text
     text = str(value).strip()
     if _number(text.removesuffix("%")) < 0:
@@ -200,19 +252,23 @@ def _cap(value: Any) -> str:  # noqa: ANN401 - YAML or text
     return text
 
 
+@_takes({"type": ["integer", "string"], "pattern": _AMOUNT})
 def _size(value: Any) -> int:  # noqa: ANN401 - YAML or text
     return parse_bytes(str(value))
 
 
+@_takes({"type": ["number", "string"], "pattern": _AMOUNT})
 def _duration(value: Any) -> float:  # noqa: ANN401 - YAML or text
     return parse_duration(str(value))
 
 
+@_takes({"type": ["number", "string"], "pattern": f"{_AMOUNT}|^auto$"})
 def _duration_or_auto(value: Any) -> float | str:  # noqa: ANN401 - YAML or text
     return AUTO if value == AUTO else _duration(value)
 
 
 def _one_of(*choices: str) -> Parse:
+    @_takes({"enum": list(choices)})
     def parse(value: Any) -> str:  # noqa: ANN401 - YAML or text
         if value not in choices:
             msg = f"{value!r} is none of {', '.join(choices)}"
@@ -242,6 +298,18 @@ class Option:
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def schema(self) -> Schema:
+        """JSON Schema of its value in YAML; a key without a value says nothing."""
+        return {"anyOf": [_SCHEMAS.get(self.parse, {}), {"type": "null"}]}
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that it can have, where they can be listed."""
+        schema = _SCHEMAS.get(self.parse, {})
+        choices: list[str] = schema.get("enum") or schema.get("examples") or []
+        return tuple(choices)
 
 
 OPTIONS: tuple[Option, ...] = (
@@ -546,6 +614,20 @@ OPTIONS: tuple[Option, ...] = (
     ),
 )
 
+_takes({"type": "string", "examples": list(OPTIMIZERS)})(read_optimizer)
+_takes(
+    {
+        "anyOf": [
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {knob.name: {"description": knob.values} for knob in KNOBS},
+            },
+            *_PAIRS["anyOf"][1:],
+        ]
+    }
+)(read_pins)
+
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 
@@ -653,6 +735,25 @@ def _require_rows_to_evaluate(values: Mapping[str, Any], sources: Mapping[str, s
             "out with --eval-share 0.05"
         )
         raise ConfigError(msg)
+
+
+def json_schema() -> Schema:
+    """Return the JSON Schema of configuration files, by which editors complete and check them."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "autotune configuration",
+        "description": "Options of autotune run, each a key; a flag goes before the file.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            option.name: {
+                "description": option.help,
+                **({} if option.default is None else {"default": option.default}),
+                **option.schema,
+            }
+            for option in OPTIONS
+        },
+    }
 
 
 def _find(key: Any, source: str) -> Option:  # noqa: ANN401 - a YAML key

@@ -19,76 +19,98 @@ _PRIVATE_FILE, _PRIVATE_DIRECTORY = 0o600, 0o700
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """The paths of one run."""
+    """The paths of one run; docs/reference/run-directory.md is made from what is said of each."""
 
     root: Path
 
     @property
     def run(self) -> Path:
+        """Every option with where its value came from, and the versions."""
         return self.root / "run.json"
 
     @property
     def hardware(self) -> Path:
+        """The devices, and what they really do."""
         return self.root / "hardware.json"
 
     @property
     def profile(self) -> Path:
+        """The model in figures."""
         return self.root / "profile.json"
 
     @property
     def dataset_profile(self) -> Path:
+        """The data in figures."""
         return self.root / "dataset.json"
 
     @property
     def dataset(self) -> Path:
+        """The tokenised rows, memory-mapped; lines that were left out in `reported.jsonl`."""
         return self.root / "dataset"
 
     @property
     def plan(self) -> Path:
+        """The settings with their estimates, kept or rejected with rule and numbers."""
         return self.root / "plan.json"
 
     @property
     def probes(self) -> Path:
+        """A line an outcome, as it was measured: the truth that everything else follows from."""
         return self.root / "probes.jsonl"
 
     @property
     def study(self) -> Path:
+        """The same as an Optuna study, for its dashboard."""
         return self.root / "study.db"
 
     @property
     def logs(self) -> Path:
+        """A directory a probe, a file a rank; the training's log."""
         return self.root / "logs"
 
     @property
     def ds_config(self) -> Path:
+        """The tuned DeepSpeed config, every value literal."""
         return self.root / "ds_config.json"
 
     @property
     def train_args(self) -> Path:
+        """What the trainer gets besides it."""
         return self.root / "train_args.json"
 
     @property
     def launch_script(self) -> Path:
+        """The same training by hand, without the tuner."""
         return self.root / "launch.sh"
 
     @property
     def fallbacks(self) -> Path:
+        """The chosen setting with what its probe promised; the next best that need less memory."""
         return self.root / "fallbacks.json"
 
     @property
     def training(self) -> Path:
+        """Checkpoints, `metrics.jsonl` with a line a step, `evaluations.jsonl`."""
         return self.root / "training"
 
     @property
     def model(self) -> Path:
+        """The trained model or its adapters, and the tokenizer, as `from_pretrained` takes them."""
         return self.root / "model"
 
     @property
+    def exports(self) -> Path:
+        """What `autotune export` has written, a directory a tool."""
+        return self.root / "exports"
+
+    @property
     def status(self) -> Path:
+        """Where the run is now; rewritten as it goes on."""
         return self.root / "status.json"
 
     @property
     def result(self) -> Path:
+        """How it ended: exit reason, chosen setting, figures."""
         return self.root / "result.json"
 
     @property

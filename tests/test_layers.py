@@ -24,6 +24,7 @@ LAYERS = (
         "variants",
         "remedy",
         "emit",
+        "exports",
         "config",
         "user_config",
         "devices",
@@ -33,7 +34,7 @@ LAYERS = (
     ),
     ("rundir", "environment", "processes", "session", "model_source", "builtin", "chatglm3"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
-    ("intake", "documents", "handoff", "virtual_judge", "outcome_cache", "report"),
+    ("intake", "documents", "handoff", "virtual_judge", "outcome_cache", "report", "exporting"),
     ("pipeline", "rehearse"),
     ("cli",),
 )
@@ -72,7 +73,7 @@ BESIDE = {
 ENGINE_ROOMS = (
     *("engine", "profile", "probe.worker"),
     *("train.entry", "train.adapters", "train.metrics", "train.state", "train.eight_bit"),
-    *("train.stopping", "train.trainer"),
+    *("train.stopping", "train.trainer", "train.weights"),
 )
 HOMES = {
     "torch": ENGINE_ROOMS,

@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": "Show two runs side by side.",
     "dashboard": "Show the study of a run in optuna-dashboard.",
     "rehearse": "Show how a search would go on hardware that need not be there.",
+    "export": "Write what was tuned as the configuration of another tool.",
     "data": "Show what a data file holds and how it is trained on.",
     "detect": "Show the devices and what of them may be used.",
 }
@@ -53,7 +54,7 @@ class _Commands(click.Group):
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="autotune")
-def _autotune() -> None:
+def group() -> None:
     """Find the fastest DeepSpeed setting that fits your devices, then train with it."""
 
 
@@ -81,7 +82,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - 
 
 def _run() -> int:
     try:
-        _autotune.main(standalone_mode=False)
+        group.main(standalone_mode=False)
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
     except click.ClickException as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import yaml
+from click.shell_completion import CompletionItem
 
 from autotune.config import OPTIONS, Layer, Option, Options, resolve
 from autotune.errors import ConfigError, InputMissingError, UsageError
@@ -102,7 +103,20 @@ def _click_option(option: Option) -> Callable[[_Function], _Function]:
         metavar=option.metavar,
         help=option.help + shown,
         multiple=option.multiple,
+        shell_complete=_completer(option),
     )
+
+
+def _completer(option: Option) -> Callable[..., list[CompletionItem]]:
+    """Return what completes a value in a shell: one of its choices, or a path."""
+
+    def complete(ctx: click.Context, parameter: click.Parameter, text: str) -> list[CompletionItem]:  # noqa: ARG001 - click's signature
+        for word, kind in (("FILE", "file"), ("DIR", "dir"), ("MODEL", "dir")):
+            if word in option.metavar:
+                return [CompletionItem(text, type=kind)]
+        return [CompletionItem(choice) for choice in option.choices if choice.startswith(text)]
+
+    return complete
 
 
 def _read_value(option: Option) -> Callable[..., Any]:

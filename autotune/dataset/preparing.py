@@ -150,7 +150,7 @@ def _find_stored(output: Path, key: str, cache: Path | None) -> RowsMeta | None:
 
 
 def _recipe(source: Source, rules: Rules, model_dir: Path, limit: int, *, trust: bool) -> Recipe:
-    convention = _find_convention(source.path, rules)
+    convention = find_convention(source.path, rules)
     return Recipe(
         model_dir=model_dir,
         trust_remote_code=trust,
@@ -163,7 +163,14 @@ def _recipe(source: Source, rules: Rules, model_dir: Path, limit: int, *, trust:
     )
 
 
-def _find_convention(path: Path, rules: Rules) -> Convention:
+def find_convention(path: Path, rules: Rules) -> Convention:
+    """Return the convention that a file is read by: the one that was named, or that it follows.
+
+    Raises:
+        UsageError: the keys that were named make no rows.
+        InputMissingError: the file is not there.
+        DatasetError: it holds no rows, or follows no convention.
+    """
     if rules.mapping:
         try:
             return mapped(dict(rules.mapping))

@@ -27,15 +27,20 @@ def with_base(spec: TrainSpec, directory: Path) -> TrainSpec:
     The first rank writes them to `directory`, unless an earlier start of the training has.
     """
     if torch.distributed.get_rank() == 0 and not directory.exists():
-        draft = directory.with_name(f"{directory.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        build_base(spec, load_weights=False).save_pretrained(str(draft))
-        for file in Path(spec.model_dir).iterdir():
-            if file.is_file() and not (draft / file.name).exists():
-                shutil.copyfile(file, draft / file.name)
-        draft.replace(directory)
+        save_random(spec, directory)
     torch.distributed.barrier()
     return replace(spec, model_dir=str(directory.absolute()), from_scratch=False)
+
+
+def save_random(spec: TrainSpec, directory: Path) -> None:
+    """Save a model without weights with those that its training would begin with."""
+    draft = directory.with_name(f"{directory.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    build_base(spec, load_weights=False).save_pretrained(str(draft))
+    for file in Path(spec.model_dir).iterdir():
+        if file.is_file() and not (draft / file.name).exists():
+            shutil.copyfile(file, draft / file.name)
+    draft.replace(directory)
 
 
 def merge(spec: TrainSpec, adapters: Path, model_dir: Path) -> None:
