@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH_PIP := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: install demo test test-full lint clean
+.PHONY: install demo test test-full test-lowest gpu-check mutants lint clean
 
 install: $(VENV)/.installed
 
@@ -39,5 +39,18 @@ test: lint
 test-full: install
 	$(PYTEST) -m slow
 
+# Everything that needs a GPU, in minutes and without network; on a CPU what can be done there.
+gpu-check: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check/gpu_check.py
+
+# The oldest versions that pyproject.toml admits, in an environment of their own.
+LOWEST := .venv-lowest
+test-lowest:
+	$(PYTHON) benchmarks/lowest/lowest.py --environment $(LOWEST)
+
+# Whether the tests notice changes to what decides about memory and devices.
+mutants: install
+	$(BIN)/python benchmarks/mutation/mutate.py
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

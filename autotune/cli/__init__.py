@@ -25,6 +25,7 @@ COMMANDS = {
     "rehearse": "Show how a search would go on hardware that need not be there.",
     "data": "Show what a data file holds and how it is trained on.",
     "detect": "Show the devices and what of them may be used.",
+    "doctor": "Examine this machine: what a run needs, and what is missing.",
 }
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
