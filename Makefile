@@ -45,8 +45,19 @@ gpu-check: install
 
 # The oldest versions that pyproject.toml admits, in an environment of their own.
 LOWEST := .venv-lowest
-test-lowest:
-	$(PYTHON) benchmarks/lowest/lowest.py --environment $(LOWEST)
+LOWEST_PIP := $(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST_PIP) $(TORCH_PIP) torch==$(TORCH)
+	$(LOWEST_PIP) wheel setuptools ninja hatchling editables
+	DS_BUILD_OPS=0 $(LOWEST_PIP) --no-build-isolation deepspeed
+	$(LOWEST_PIP) --no-build-isolation --editable . bitsandbytes hypothesis pytest pytest-timeout pytest-xdist scipy
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # Whether the tests notice changes to what decides about memory and devices.
 mutants: install

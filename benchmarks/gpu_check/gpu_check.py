@@ -21,13 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-BENCHMARKS = Path(__file__).parent.parent
-sys.path.insert(0, str(BENCHMARKS / "probe"))
-sys.path.insert(0, str(BENCHMARKS / "search"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "probe"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "search"))
 
 from bench_job import BenchJob, write_data
 from exhaustive import compared, measure, resized
@@ -41,9 +40,13 @@ from autotune.outcome import Measured, OutOfMemory, Rung
 from autotune.pipeline import with_built_ops
 from autotune.probe.local import LocalProber
 from autotune.probe.protocol import RungFailure
-from autotune.setting import Setting
 from autotune.tune.loop import Tuner
 from autotune.tune.site import JobSite
+
+if TYPE_CHECKING:
+    from autotune.setting import Setting
+
+BENCHMARKS = Path(__file__).parent.parent
 
 MOST_OFF = 0.15
 """What the plan grants its estimates (plan.py)."""
