@@ -1,7 +1,9 @@
 """What differs by the kind of GPU: precision, links, affinity, the host's update, fp16."""
 
+import os
 from dataclasses import replace
 
+import nvml_standin
 import numpy as np
 import pytest
 from records import as_rung, make_cluster, make_job, make_profile, measured, plan_for
@@ -294,3 +296,16 @@ def test_what_was_measured_of_fragmentation_goes_before_what_was_assumed() -> No
 
     assert (little.fit_probability >= much.fit_probability - 1e-9).all()
     assert little.open_rows.sum() > much.open_rows.sum()
+
+
+def test_a_rank_stays_where_its_gpu_is_and_is_free_where_it_may_not() -> None:
+    code = """
+import json, os
+from autotune.engine.device import _stay_near
+allowed = sorted(os.sched_getaffinity(0))
+_stay_near([[allowed[0]], [10**6]], 1)
+free = sorted(os.sched_getaffinity(0)) == allowed
+_stay_near([[10**6], [allowed[0], 10**6]], 1)
+print(json.dumps([free, sorted(os.sched_getaffinity(0)) == allowed[:1]]))
+"""
+    assert nvml_standin.run(code, environ=os.environ) == [True, True]

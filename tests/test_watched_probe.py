@@ -115,10 +115,10 @@ def test_the_second_time_the_run_ends_and_names_the_gpu(tmp_path: Path) -> None:
         probes=3,
     )
 
-    # The first rung of the second probe plays the first scenario again, the errors gone.
-    assert [line[0] for line in told] == ["invalid", "invalid", "refused"]
-    assert f"GPU {uuid_of(1)}" in str(told[2][3])
-    assert "for the second time" in str(told[2][3])
+    # In the second probe the first error is there still, and no new one.
+    assert [line[0] for line in told] == ["invalid", "measured", "invalid", "refused"]
+    assert f"GPU {uuid_of(1)}" in str(told[3][3])
+    assert "for the second time" in str(told[3][3])
 
 
 def test_what_is_invalid_or_was_interrupted_says_nothing_of_a_setting() -> None:
