@@ -3,8 +3,8 @@
 import os
 from dataclasses import replace
 
-import nvml_standin
 import numpy as np
+import nvml_standin
 import pytest
 from records import as_rung, make_cluster, make_job, make_profile, measured, plan_for
 

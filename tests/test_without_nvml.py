@@ -86,3 +86,10 @@ def test_if_torch_opens_none_either_both_reasons_are_told(
 
     assert answer["kind"] == "cpu"
     assert reason in notes_of(answer)[0]
+
+
+def test_what_the_user_calls_a_gpu_it_is_called_for_its_rank(tmp_path: Path) -> None:
+    make_torch(tmp_path, count=2)
+    answer = detect(tmp_path, CUDA_VISIBLE_DEVICES="MIG-77,3")
+
+    assert answer["visible_devices"] == ["MIG-77", "GPU-12345678-aaaa"]

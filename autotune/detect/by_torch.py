@@ -1,10 +1,12 @@
 """The GPUs as torch sees them, for containers that have CUDA but no NVML."""
 
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from autotune.detect.masks import MASK, is_uuid
 from autotune.detect.nvidia import NvidiaDevice, NvidiaInventory
 from autotune.rundir import read_json
 
@@ -15,8 +17,7 @@ _PATIENCE_S = 120.0
 def read_by_torch(absence: str) -> NvidiaInventory:
     """List the GPUs that torch opens, in a process of its own; `absence` is why NVML does not.
 
-    They are numbered as CUDA does, under the mask that there is, so that the mask of a rank is
-    again one of the user's entries.
+    They are numbered as CUDA does under the mask that there is.
     """
     with tempfile.TemporaryDirectory(prefix="autotune-devices-") as scratch:
         answer = Path(scratch) / "devices.json"
@@ -39,16 +40,18 @@ def read_by_torch(absence: str) -> NvidiaInventory:
         return NvidiaInventory(devices=(), absence=f"{absence}, and torch fails with {last!r}")
     if not listed:
         return NvidiaInventory(devices=(), absence=f"{absence}, and torch lists no GPU either")
+    entries = os.environ.get(MASK, "").split(",") + [""] * len(listed)
     devices = tuple(
         NvidiaDevice(
-            index=index,
-            uuid=one["uuid"],
+            index=place,
+            # What the user calls it is what CUDA has understood, also of an instance.
+            uuid=entry.strip() if is_uuid(entry.strip()) else one["uuid"],
             name=one["name"],
             memory_total_bytes=one["total_bytes"],
             memory_free_bytes=one["free_bytes"],
             compute_capability=tuple(one["capability"]),
         )
-        for index, one in enumerate(listed)
+        for place, (one, entry) in enumerate(zip(listed, entries, strict=False))
     )
     note = (
         f"{absence}, so the GPUs are those that torch opens: who else uses them, how they are"

@@ -37,10 +37,12 @@ class GpuMonitor:
     ) -> None:
         self._nvml = start(binding)
         self._clock = clock
-        self._handles = {uuid: self._handle(uuid) for uuid in uuids}
+        handles = {uuid: self._handle(uuid) for uuid in uuids}
+        # What NVML does not know is not asked for: a null handle is not safe to pass on.
+        self._handles = {uuid: gpu for uuid, gpu in handles.items() if gpu is not None}
         self._health = {uuid: read_health(self._nvml, gpu) for uuid, gpu in self._handles.items()}
         self._events = self._nvml.ask("nvmlEventSetCreate")
-        for gpu in self._handles.values():
+        for gpu in self._handles.values() if self._events is not None else ():
             self._nvml.ask("nvmlDeviceRegisterEvents", gpu, _XID_EVENT, self._events)
         self._sampled_at = -_SAMPLE_S
         self._slowed: dict[str, set[str]] = {}
@@ -94,7 +96,7 @@ class GpuMonitor:
 
     def _xids(self) -> list[str]:
         faults: list[str] = []
-        for _ in range(_MOST_EVENTS):
+        for _ in range(_MOST_EVENTS if self._events is not None else 0):
             event = self._nvml.ask("nvmlEventSetWait_v2", self._events, _NOTHING_TO_WAIT_FOR_MS)
             if event is None:
                 break
@@ -117,7 +119,8 @@ class GpuMonitor:
 
     def close(self) -> None:
         """Let go of NVML."""
-        self._nvml.ask("nvmlEventSetFree", self._events)
+        if self._events is not None:
+            self._nvml.ask("nvmlEventSetFree", self._events)
         self._nvml.ask("nvmlShutdown")
 
 
