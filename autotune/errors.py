@@ -76,5 +76,6 @@ def raised_in(error: BaseException) -> str:
     """Return the innermost function of Python's that an exception comes from."""
     trace, name = error.__traceback__, ""
     while trace is not None:
-        trace, name = trace.tb_next, trace.tb_frame.f_code.co_name
+        name = trace.tb_frame.f_code.co_name
+        trace = trace.tb_next
     return name

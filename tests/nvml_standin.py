@@ -90,21 +90,45 @@ def environment(
 
 
 DETECT = """
-import dataclasses, json, sys
+import dataclasses, json, os, sys
+from pathlib import Path
 from autotune.detect import detect
 from autotune.errors import AutotuneError
-devices, memory = json.loads(sys.argv[1])
-try:
-    answer = dataclasses.asdict(detect(devices, memory))
-except AutotuneError as error:
-    answer = {"refused": str(error), "exit_code": error.exit_code}
-print(json.dumps(answer))
+
+def answer(devices, memory):
+    try:
+        return dataclasses.asdict(detect(devices, memory))
+    except AutotuneError as error:
+        return {"refused": str(error), "exit_code": error.exit_code}
+
+before = dict(os.environ)
+for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
+    Path(before["NVML_SCENARIO"]).write_text(case["scenario"], errors="surrogateescape")
+    os.environ.update(case["environ"])
+    print(json.dumps([name, answer(case["devices"], case["memory"])]), flush=True)
+    for added in set(os.environ) - set(before):
+        del os.environ[added]
 """
-"""Detection as commands have it, without what a command imports besides."""
+"""Detection as commands have it, of one machine after the other; the library is loaded once."""
+
+
+def detect_each(
+    cases: Mapping[str, Mapping[str, object]], environ: Mapping[str, str], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Return what detection says of each machine, all of them in one child."""
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    return dict(map(json.loads, lines(DETECT, file, environ=environ)))
 
 
 def run(code: str, *arguments: object, environ: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
-    """Run a program in a child; returns the JSON that it prints, and fails on a traceback."""
+    """Run a program in a child; returns the JSON that it prints."""
+    (line,) = lines(code, *arguments, environ=environ)
+    return json.loads(line)
+
+
+def lines(code: str, *arguments: object, environ: Mapping[str, str]) -> list[str]:
+    """Run a program in a child; returns the lines that it prints, and fails on a traceback."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -115,4 +139,4 @@ def run(code: str, *arguments: object, environ: Mapping[str, str]) -> Any:  # no
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout.splitlines()

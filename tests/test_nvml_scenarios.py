@@ -1,9 +1,9 @@
 """Detection through the real nvidia-ml-py, which talks to a library that says what a scenario says.
 
-Each scenario is a child process, whose loader finds the stand-in where the library would be.
+A child process, whose loader finds the stand-in where the driver's library would be, looks at one
+machine after the other; what a machine is the stand-in reads anew with every call.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -376,7 +376,7 @@ CASES = {
     "a GPU near all CPUs": Case(
         scenario=scenario(A100 | {"cpus": "0-1023"}), says={"rank_cpus": []}
     ),
-    "sixty-four GPUs": Case(scenario=scenario(*[A100] * 64), says={"num_devices": 64}),
+    "sixteen GPUs": Case(scenario=scenario(*[A100] * 16), says={"num_devices": 16}),
 }
 
 
@@ -386,16 +386,30 @@ def value_of(answer: Mapping[str, Any], name: str) -> object:
     return answer
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_machine_is_read_as_it_is(name: str, library: Path, tmp_path: Path) -> None:
-    case, file = CASES[name], tmp_path / "scenario"
-    file.write_text(case.scenario, errors="surrogateescape")
-    found = None if case.without_library else library
-    environ = nvml_standin.environment(found, file, case.environ)
+@pytest.fixture(scope="module")
+def answers(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Return what detection says of each case."""
+    folder = tmp_path_factory.mktemp("cases")
+    told: dict[str, dict[str, Any]] = {}
+    for found in (library, None):
+        cases = {
+            name: {
+                "scenario": case.scenario,
+                "environ": dict(case.environ),
+                "devices": case.devices,
+                "memory": case.memory,
+            }
+            for name, case in CASES.items()
+            if case.without_library is (found is None)
+        }
+        environ = nvml_standin.environment(found, folder / "scenario")
+        told |= nvml_standin.detect_each(cases, environ, folder)
+    return told
 
-    answer = nvml_standin.run(
-        nvml_standin.DETECT, json.dumps([case.devices, case.memory]), environ=environ
-    )
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_machine_is_read_as_it_is(name: str, answers: dict[str, dict[str, Any]]) -> None:
+    case, answer = CASES[name], answers[name]
 
     if case.refused:
         assert answer.get("exit_code") == case.exit_code, answer
@@ -426,12 +440,9 @@ cli.main()
     ("of", "exit_code", "said"),
     [
         (UNLIKE, 69, "GPU 1 NVIDIA A100-SXM4-80GB"),
-        (scenario(BUSY), 69, "by process 4242, 77"),
-        (scenario(A100 | {"compute_mode": 2}), 69, "compute mode prohibited"),
         (scenario(A100, nvmlInitWithFlags=18), 0, "Driver/library version mismatch"),
-        (scenario(A100), 0, "built without CUDA"),
     ],
-    ids=["unlike", "busy", "prohibited", "mismatch", "no CUDA in torch"],
+    ids=["unlike", "mismatch"],
 )
 def test_the_command_says_it_in_a_sentence(
     of: str, exit_code: int, said: str, library: Path, tmp_path: Path

@@ -4,7 +4,6 @@ torch stands in for itself, as there is no GPU: a package of that name with the 
 are asked, found by the child as the real one would be.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -36,11 +35,9 @@ def make_torch(folder: Path, *, count: int, free: int = 24 * GIB, more: str = ""
 
 def detect(folder: Path, **environ: str) -> dict[str, object]:
     path = os.pathsep.join([str(folder), str(Path(__file__).parent.parent)])
-    environment = nvml_standin.environment(None, Path("none"), {"PYTHONPATH": path, **environ})
-    answer: dict[str, object] = nvml_standin.run(
-        nvml_standin.DETECT, json.dumps(["auto", None]), environ=environment
-    )
-    return answer
+    environment = nvml_standin.environment(None, folder / "scenario", {"PYTHONPATH": path})
+    case = {"scenario": "", "environ": environ, "devices": "auto", "memory": None}
+    return nvml_standin.detect_each({"this": case}, environment, folder)["this"]
 
 
 def notes_of(answer: dict[str, object]) -> list[str]:

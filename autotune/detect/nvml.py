@@ -90,5 +90,9 @@ def _load_on_wsl(library: Path) -> None:
             return
 
 
+_KNOWN_AS = {18: "Driver/library version mismatch"}
+"""Codes for which people look by other words than the binding's: those of nvidia-smi."""
+
+
 def _words(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return _KNOWN_AS.get(getattr(error, "value", 0)) or str(error) or type(error).__name__
