@@ -3,23 +3,31 @@
     python benchmarks/mutation/mutate.py [--only classify]
 
 Each mutant is one change to one module: a comparison turned or moved by one, an operator exchanged,
-a condition negated, a number or a text altered, a result dropped. Its tests run against a copy of
-the package; a mutant is killed if they fail or hang. Texts of documentation are left alone.
+a condition negated, a number or a text altered, a result dropped. Its tests run against it in a
+fork of this process; a mutant is killed if they fail or hang. Texts of documentation are left.
 Writes benchmarks/results/mutation.json.
 """
 
 import argparse
 import ast
 import copy
+import importlib.abc
+import importlib.machinery
 import json
 import os
-import shutil
-import subprocess
+import re
+import signal
 import sys
-import tempfile
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+# What the tests need besides the package: a fork has it.
+import hypothesis
+import numpy as np
+import psutil
+import pytest
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -31,6 +39,8 @@ TARGETS = {
 """The OOM classifier, the parser of CUDA_VISIBLE_DEVICES, the headroom rule, and their tests."""
 
 PATIENCE_S = 120
+
+PREPARED = (hypothesis, np, psutil)
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -66,30 +76,29 @@ class Mutant:
 
 def mutants(source: str) -> Iterator[Mutant]:
     """Yield every change of a module, one at a time."""
-    tree = ast.parse(source)
-    places = [node for node in ast.walk(tree) if not _is_documentation(node, tree)]
-    for place, node in enumerate(places):
+    for place, node in enumerate(_places(ast.parse(source))):
         for way in range(len(list(changes(copy.deepcopy(node))))):
             changed = ast.parse(source)
-            spot = [one for one in ast.walk(changed) if not _is_documentation(one, changed)][place]
+            spot = _places(changed)[place]
             before = ast.unparse(spot)
-            apply = list(changes(spot))[way]
-            apply()
+            list(changes(spot))[way]()
             text = ast.unparse(ast.fix_missing_locations(changed))
             yield Mutant(getattr(spot, "lineno", 0), f"{before} -> {ast.unparse(spot)}", text)
 
 
-def _is_documentation(node: ast.AST, tree: ast.AST) -> bool:
-    """Tell whether a node is a text that stands alone as a statement, or part of an annotation."""
-    if not isinstance(node, ast.Constant):
-        return False
-    for parent in ast.walk(tree):
-        if isinstance(parent, ast.Expr) and parent.value is node:
-            return True
-        annotation = getattr(parent, "annotation", None) or getattr(parent, "returns", None)
-        if isinstance(annotation, ast.AST) and node in ast.walk(annotation):
-            return True
-    return False
+def _places(tree: ast.Module) -> list[ast.AST]:
+    """Return the nodes that do something: no documentation, annotation or decorator."""
+    idle: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        parts = [
+            getattr(node, "annotation", None),
+            getattr(node, "returns", None),
+            *getattr(node, "decorator_list", ()),
+        ]
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            parts.append(node.value)
+        idle |= {inner for part in parts if part is not None for inner in ast.walk(part)}
+    return [node for node in ast.walk(tree) if node not in idle]
 
 
 def changes(node: ast.AST) -> Iterator["Change"]:  # noqa: C901, PLR0912 - a case a kind
@@ -114,7 +123,8 @@ def changes(node: ast.AST) -> Iterator["Change"]:  # noqa: C901, PLR0912 - a cas
         case ast.Constant(value=float(value)):
             yield Change(node, "value", value * 1.5)
         case ast.Constant(value=str(value)):
-            yield Change(node, "value", f"XX{value}")
+            fewer = list(without_an_alternative(value))
+            yield from (Change(node, "value", text) for text in fewer or [f"XX{value}"])
         case ast.Name(id=name) if name in NAMES:
             yield Change(node, "id", NAMES[name])
         case ast.Attribute(attr=name) if name in NAMES:
@@ -123,6 +133,18 @@ def changes(node: ast.AST) -> Iterator["Change"]:  # noqa: C901, PLR0912 - a cas
             yield Change(node, "value", ast.Constant(value=None))
         case _:
             return
+
+
+def without_an_alternative(pattern: str) -> Iterator[str]:
+    """Yield a regular expression of alternatives without each of them, those of a group too."""
+    for match in re.finditer(r"\(\?:([^()]*)\)", pattern):
+        kinds = match[1].split("|")
+        for kind in kinds if len(kinds) > 1 else ():
+            left = "|".join(other for other in kinds if other != kind)
+            yield f"{pattern[: match.start(1)]}{left}{pattern[match.end(1) :]}"
+    whole = re.split(r"\|(?![^()]*\))", pattern)
+    for one in whole if len(whole) > 1 else ():
+        yield "|".join(other for other in whole if other != one)
 
 
 def _is_none(node: ast.AST) -> bool:
@@ -139,26 +161,41 @@ class Change:
         setattr(self.node, self.field, self.value)
 
 
-def survives(mutant: Mutant, module: Path, tests: tuple[str, ...], package: Path) -> bool:
-    """Run the tests against the changed module; returns whether they pass all the same."""
-    target = package / module
-    original = target.read_text()
-    target.write_text(mutant.source)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env=os.environ | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        target.write_text(original)
-    return done.returncode == 0
+class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from another source than its file."""
+
+    def __init__(self, module: str, source: str) -> None:
+        self._module = module
+        self._source = source
+
+    def find_spec(
+        self, fullname: str, path: object, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        del path, target
+        if fullname != self._module:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        exec(compile(self._source, f"<changed {self._module}>", "exec"), module.__dict__)  # noqa: S102
+
+
+def survives(mutant: Mutant, module: str, tests: tuple[str, ...]) -> bool:
+    """Run the tests against the changed module; returns whether they pass all the same.
+
+    In a fork of this process, which has pytest and what the package needs imported, and nothing of
+    the package itself.
+    """
+    child = os.fork()
+    if not child:
+        signal.alarm(PATIENCE_S)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        sys.meta_path.insert(0, Changed(module, mutant.source))
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 0
 
 
 def main() -> None:
@@ -166,30 +203,28 @@ def main() -> None:
     parser.add_argument("--only", choices=TARGETS, action="append")
     options = parser.parse_args()
     results = {}
-    with tempfile.TemporaryDirectory(prefix="autotune-mutants-") as scratch:
-        package = Path(scratch)
-        shutil.copytree(REPOSITORY / "autotune", package / "autotune")
-        for name in options.only or TARGETS:
-            path, tests = TARGETS[name]
-            source = (REPOSITORY / path).read_text()
-            unchanged = Mutant(0, "nothing", ast.unparse(ast.parse(source)))
-            assert survives(unchanged, Path(path), tests, package), "tests fail without a change"
-            made = list(mutants(source))
-            survivors = []
-            for number, mutant in enumerate(made, 1):
-                if survives(mutant, Path(path), tests, package):
-                    survivors.append({"line": mutant.line, "change": mutant.change})
-                    print(f"survived: {path}:{mutant.line}: {mutant.change}", flush=True)
-                print(f"{name} {number}/{len(made)}", file=sys.stderr, end="\r")
-            killed = len(made) - len(survivors)
-            results[name] = {
-                "module": path,
-                "mutants": len(made),
-                "killed": killed,
-                "score": killed / len(made),
-                "survivors": survivors,
-            }
-            print(f"{path}: {killed} of {len(made)} killed ({killed / len(made):.1%})", flush=True)
+    os.chdir(REPOSITORY)
+    for name in options.only or TARGETS:
+        path, tests = TARGETS[name]
+        module = path.removesuffix(".py").replace("/", ".")
+        source = (REPOSITORY / path).read_text()
+        unchanged = Mutant(0, "nothing", ast.unparse(ast.parse(source)))
+        assert survives(unchanged, module, tests), "tests fail without a change"
+        made = list(mutants(source))
+        survivors = []
+        for mutant in made:
+            if survives(mutant, module, tests):
+                survivors.append({"line": mutant.line, "change": mutant.change})
+                print(f"survived: {path}:{mutant.line}: {mutant.change}", flush=True)
+        killed = len(made) - len(survivors)
+        results[name] = {
+            "module": path,
+            "mutants": len(made),
+            "killed": killed,
+            "score": killed / len(made),
+            "survivors": survivors,
+        }
+        print(f"{path}: {killed} of {len(made)} killed ({killed / len(made):.1%})", flush=True)
     if options.only is None:
         out = REPOSITORY / "benchmarks" / "results" / "mutation.json"
         out.write_text(json.dumps(results, indent=1) + "\n")
