@@ -292,7 +292,9 @@ class Run:
 
         Raises:
             TrainingFailedError: the training ended badly.
+            NoUsableDeviceError: torch cannot open the devices.
         """
+        require_usable(self.question.cluster)
         # What was made for the tuning may have gone from the cache.
         self.question.source.complete()
         handoff = Handoff(

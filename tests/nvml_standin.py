@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,30 @@ def detect_each(
     return dict(map(json.loads, lines(DETECT, file, environ=environ)))
 
 
+COMMANDS = """
+import contextlib, io, json, os, sys
+from pathlib import Path
+from autotune import cli
+
+for scenario, arguments in json.loads(Path(sys.argv[1]).read_text()):
+    Path(os.environ["NVML_SCENARIO"]).write_text(scenario)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = cli._autotune.main(arguments, standalone_mode=False)
+    print(json.dumps([code or 0, out.getvalue()]), flush=True)
+"""
+"""Commands one after the other, each on its machine; what they import is imported once."""
+
+
+def command_each(
+    calls: Sequence[tuple[str, Sequence[object]]], environ: Mapping[str, str], folder: Path
+) -> list[tuple[int, str]]:
+    """Run commands, each on the machine of its scenario; returns exit codes and what they print."""
+    file = folder / "calls.json"
+    file.write_text(json.dumps([(of, list(map(str, arguments))) for of, arguments in calls]))
+    return [tuple(json.loads(line)) for line in lines(COMMANDS, file, environ=environ)]
+
+
 def run(code: str, *arguments: object, environ: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
     """Run a program in a child; returns the JSON that it prints."""
     (line,) = lines(code, *arguments, environ=environ)
@@ -135,7 +159,7 @@ def lines(code: str, *arguments: object, environ: Mapping[str, str]) -> list[str
         text=True,
         env=dict(environ),
         check=False,
-        timeout=120,
+        timeout=280,
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr

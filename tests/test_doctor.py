@@ -1,15 +1,13 @@
 """The doctor: what it finds of a machine, and what it says to a user and in a report."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import nvml_standin
 import pytest
 from conftest import autotune
 from nvml_standin import A100, RTX3090, scenario
-from test_nvml_scenarios import COMMAND
 
 from autotune.doctor import (
     Check,
@@ -92,8 +90,6 @@ def test_limits_that_are_tight_come_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_cannot_be_written_fails(tmp_path: Path) -> None:
-    import os
-
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     tmp_path.chmod(0o500)
@@ -102,13 +98,43 @@ def test_a_disk_that_cannot_be_written_fails(tmp_path: Path) -> None:
     assert (found.status, found.exit_code) == ("failed", 73)
 
 
-def test_the_command_examines_this_machine_in_text_and_json(tmp_path: Path) -> None:
-    text = autotune("doctor", "--devices", "cpu:1", "--no-build", cwd=tmp_path)
-    told = autotune("doctor", "--devices", "cpu:1", "--no-build", "--json", cwd=tmp_path)
+BUSY = RTX3090 | {"used": 20 * GIB, "processes": "4242:na"}
+ON_CPU = ("--devices", "cpu:1")
 
-    assert text.returncode == told.returncode == 0, text.stdout + text.stderr
-    assert "a run can be started" in text.stdout
-    document = json.loads(told.stdout)
+CALLS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "text": (scenario(), ON_CPU),
+    "json": (scenario(), (*ON_CPU, "--json")),
+    "torch": (scenario(A100, A100), ()),
+    "busy": (scenario(BUSY), ()),
+    "errors": (scenario(A100 | {"ecc_uncorrected": 1}), ()),
+    "mismatch": (scenario(A100, nvmlInitWithFlags=18), ()),
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Return exit code and output of each call, GPUs seen through the real binding of NVML."""
+    if nvml_standin.COMPILER is None:
+        pytest.skip("needs a C compiler")
+    folder = tmp_path_factory.mktemp("doctor")
+    secret = {"HF_TOKEN": "hf_secret", "NCCL_P2P_DISABLE": "1"}
+    library = nvml_standin.build(folder)
+    environ = nvml_standin.environment(library, folder / "scenario", secret)
+    calls = [(of, ("doctor", "--no-build", *flags)) for of, flags in CALLS.values()]
+    return dict(zip(CALLS, nvml_standin.command_each(calls, environ, folder), strict=True))
+
+
+def test_this_machine_is_examined(told: dict[str, tuple[int, str]]) -> None:
+    code, text = told["text"]
+
+    assert code == 0, text
+    assert "a run can be started" in text
+    assert "for a bug report:" in text
+
+
+def test_so_it_is_in_json(told: dict[str, tuple[int, str]]) -> None:
+    document = json.loads(told["json"][1])
+
     assert (document["schema"], document["exit_code"]) == (1, 0)
     groups = {one["group"] for one in document["checks"]}
     assert groups == {"versions", "devices", "ops", "limits", "disks"}
@@ -117,50 +143,34 @@ def test_the_command_examines_this_machine_in_text_and_json(tmp_path: Path) -> N
     assert {"/dev/shm", "open files", "run directory", "cache", "C++ compiler"} <= names
 
 
+@pytest.mark.parametrize(
+    ("name", "exit_code", "said"),
+    [
+        ("torch", 69, "built without CUDA"),
+        ("busy", 69, "process 4242"),
+        ("errors", 69, "1 uncorrectable error"),
+        ("mismatch", 0, "Driver/library version mismatch"),
+    ],
+)
+def test_gpus_are_examined(
+    name: str, exit_code: int, said: str, told: dict[str, tuple[int, str]]
+) -> None:
+    code, text = told[name]
+
+    assert code == exit_code, text
+    assert said in text
+
+
+def test_a_report_tells_no_secret(told: dict[str, tuple[int, str]]) -> None:
+    _, text = told["text"]
+
+    assert "hf_secret" not in text
+    assert "NCCL_P2P_DISABLE=1" in text
+
+
 @pytest.mark.slow
 def test_the_ops_of_a_cpu_build_here(tmp_path: Path) -> None:
-    done = autotune("doctor", "--devices", "cpu:1", "--json", cwd=tmp_path)
+    done = autotune("doctor", *ON_CPU, "--json", cwd=tmp_path)
 
     (op,) = [one for one in json.loads(done.stdout)["checks"] if one["name"].endswith("Builder")]
     assert (op["name"], op["status"]) == ("ShareMemCommBuilder", "ok"), op
-
-
-@pytest.mark.skipif(nvml_standin.COMPILER is None, reason="needs a C compiler")
-@pytest.mark.parametrize(
-    ("of", "exit_code", "said"),
-    [
-        (scenario(A100, A100), 69, "built without CUDA"),
-        (scenario(RTX3090 | {"used": 20 * GIB, "processes": "4242:na"}), 69, "process 4242"),
-        (scenario(A100 | {"ecc_uncorrected": 1}), 69, "1 uncorrectable error"),
-        (scenario(A100, nvmlInitWithFlags=18), 0, "Driver/library version mismatch"),
-    ],
-    ids=["torch", "busy", "errors", "mismatch"],
-)
-def test_gpus_are_examined_through_the_real_binding(
-    of: str, exit_code: int, said: str, tmp_path: Path
-) -> None:
-    file = tmp_path / "scenario"
-    file.write_text(of)
-    environ = nvml_standin.environment(nvml_standin.build(tmp_path), file)
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, "doctor", "--no-build"],
-        env=environ,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-    assert "Traceback" not in done.stderr
-    assert done.returncode == exit_code, done.stdout + done.stderr
-    assert said in done.stdout
-
-
-def test_a_report_tells_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    done = autotune("doctor", "--devices", "cpu:1", "--no-build", cwd=tmp_path)
-
-    assert "hf_secret" not in done.stdout
-    assert "NCCL_P2P_DISABLE=1" in done.stdout

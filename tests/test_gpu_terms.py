@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import nvml_standin
 import pytest
-from records import as_rung, make_cluster, make_job, make_profile, measured, plan_for
+from records import RATES, as_rung, make_cluster, make_job, make_profile, measured, plan_for
 
 from autotune.detect.affinity import near_cpus, threads_near
 from autotune.detect.links import has_ring
@@ -14,14 +16,18 @@ from autotune.detect.nvidia import NvidiaDevice
 from autotune.devices import named_rates, parse_gpus
 from autotune.emit import ds_config, train_spec, without_overflow
 from autotune.engine.ops import needed_ops
+from autotune.errors import NoUsableDeviceError, SetupFaultError
 from autotune.hardware import Cluster, Host, Links
-from autotune.intake import choose_precision, why_precision
+from autotune.intake import Question, Workload, bench, choose_precision, why_precision
 from autotune.knobs import Pins
 from autotune.memory import GPU_FRAGMENTATION, estimate_memory
 from autotune.outcome import Rung
+from autotune.pipeline import Run, with_built_ops
 from autotune.plan import Plan
+from autotune.rundir import RunDir
 from autotune.setting import Setting, Structure
 from autotune.space import enumerate_space
+from autotune.throughput import DrawnRows
 from autotune.tune.beliefs import fragmentation, update
 from autotune.units import GIB
 from autotune.workload import TrainSpec
@@ -309,3 +315,66 @@ _stay_near([[10**6], [allowed[0], 10**6]], 1)
 print(json.dumps([free, sorted(os.sched_getaffinity(0)) == allowed[:1]]))
 """
     assert nvml_standin.run(code, environ=os.environ) == [True, True]
+
+
+def workload_of(cluster: Cluster) -> Workload:
+    question = Question(
+        named=None,
+        options=cast("Any", None),
+        cluster=cluster,
+        source=cast("Any", None),
+        dataset=(),
+        fingerprint="",
+    )
+    plan = plan_for(cluster)
+    return Workload(
+        question=question,
+        job=make_job(),
+        profile=make_profile(),
+        rates=RATES,
+        dataset=None,
+        drawn=DrawnRows.draw(np.array([128]), 0),
+        rows=None,
+        plan=plan,
+    )
+
+
+def test_an_adam_that_does_not_build_gives_way_to_torch_s_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[list[str]] = []
+
+    def build_ops(names: list[str], log: Path) -> None:
+        del log
+        asked.append(names)
+        if "CPUAdamBuilder" in names:
+            msg = "cannot build DeepSpeed's ops: CUDA_HOME does not exist"
+            raise SetupFaultError(msg)
+
+    monkeypatch.setattr("autotune.profile.child.build_ops", build_ops)
+    workload = workload_of(make_cluster(gpus=2, memory_bytes=80 * GIB))
+    built = with_built_ops(workload, Path("ops.log"))
+
+    assert asked == [["CPUAdamBuilder"], []]
+    assert built.job == replace(workload.job, host_adam="torch")
+    assert "torch's AdamW, which is slower: cannot build" in caplog.text
+
+
+def test_an_op_that_nothing_stands_in_for_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_ops(names: list[str], log: Path) -> None:
+        msg = f"{names} {log}"
+        raise SetupFaultError(msg)
+
+    monkeypatch.setattr("autotune.profile.child.build_ops", build_ops)
+    with pytest.raises(SetupFaultError, match="ShareMemCommBuilder"):
+        with_built_ops(workload_of(make_cluster()), Path("ops.log"))
+
+
+def test_what_torch_cannot_open_is_measured_by_no_bench_and_run_by_nothing() -> None:
+    cluster = replace(make_cluster(gpus=2), unusable="torch is built without CUDA")
+
+    with pytest.raises(NoUsableDeviceError, match="without CUDA"):
+        bench(cluster)
+    with pytest.raises(NoUsableDeviceError, match="without CUDA"):
+        Run(workload_of(cluster).question, RunDir(Path("nowhere"))).execute(with_training=False)
+    assert not Path("nowhere").exists()
