@@ -84,9 +84,7 @@ def worry(health: Health) -> str | None:
     if health.remap_pending:
         return "a bad row of its memory waits to be remapped: reset the GPU when it is free"
     if health.uncorrected_errors:
-        return (
-            f"{health.uncorrected_errors} uncorrectable errors of its memory since it was started"
-        )
+        return f"{_errors(health.uncorrected_errors)} of its memory since it was started"
     return None
 
 
@@ -98,10 +96,14 @@ def worsened(before: Health, after: Health) -> str | None:
         return "a bad row of its memory could not be remapped"
     new = after.uncorrected_errors - before.uncorrected_errors
     if new > 0:
-        return f"{new} new uncorrectable error{'s' if new > 1 else ''} of its memory"
+        return f"{_errors(new, 'new ')} of its memory"
     if after.remap_pending and not before.remap_pending:
         return "a row of its memory has become bad"
     return None
+
+
+def _errors(count: int, kind: str = "") -> str:
+    return f"{count} {kind}uncorrectable error{'s' if count > 1 else ''}"
 
 
 def slowed(reasons: int) -> tuple[str, ...]:
