@@ -18,6 +18,13 @@ from autotune.detect.budget import (
 from autotune.units import GIB, MIB
 
 ROOM = 24 * GIB
+
+
+def test_the_borders_are_what_the_documentation_says() -> None:
+    assert IDLE_BYTES == 512 * 2**20
+    assert LEAST_HEADROOM_BYTES == 256 * 2**20
+
+
 free_bytes = st.integers(0, ROOM)
 
 

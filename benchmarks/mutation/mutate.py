@@ -226,9 +226,9 @@ def main() -> None:
             "survivors": survivors,
         }
         print(f"{path}: {killed} of {len(made)} killed ({killed / len(made):.1%})", flush=True)
-    if options.only is None:
-        out = REPOSITORY / "benchmarks" / "results" / "mutation.json"
-        out.write_text(json.dumps(results, indent=1) + "\n")
+    out = REPOSITORY / "benchmarks" / "results" / "mutation.json"
+    known = json.loads(out.read_text()) if out.exists() else {}
+    out.write_text(json.dumps(known | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
