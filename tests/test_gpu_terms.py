@@ -367,7 +367,7 @@ def test_an_op_that_nothing_stands_in_for_ends_the_run(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("autotune.profile.child.build_ops", build_ops)
     with pytest.raises(SetupFaultError, match="ShareMemCommBuilder"):
-        with_built_ops(workload_of(make_cluster()), Path("ops.log"))
+        with_built_ops(workload_of(make_cluster(memory_bytes=80 * GIB)), Path("ops.log"))
 
 
 def test_what_torch_cannot_open_is_measured_by_no_bench_and_run_by_nothing() -> None:
