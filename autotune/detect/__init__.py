@@ -110,8 +110,9 @@ def _why_unusable(devices: Sequence[NvidiaDevice], torch_build: TorchBuild) -> s
     if torch_build.cuda_version is not None:
         return None
     why = torch_build.note or f"torch {torch_build.version} is built without CUDA"
+    alike = f" and {len(devices) - 1} alike" if len(devices) > 1 else ""
     return (
-        f"{_name_devices(devices)} cannot be used because {why}: install a CUDA build of"
+        f"{_name_devices(devices[:1])}{alike} cannot be used because {why}: install a CUDA build of"
         " torch, or pass --devices cpu"
     )
 
