@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH_PIP := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: install demo test test-full test-browser lint docs docs-reference exports-check clean
+.PHONY: install demo test test-full test-browser test-lowest gpu-check mutants lint docs docs-reference exports-check clean
 
 install: $(VENV)/.installed
 
@@ -62,5 +62,29 @@ docs-reference: install
 exports-check: install
 	$(BIN)/python benchmarks/exports/check.py $(TOOLS)
 
+# Everything that needs a GPU, in minutes and without network; on a CPU what can be done there.
+gpu-check: install
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu_check/gpu_check.py
+
+# The oldest versions that pyproject.toml admits, in an environment of their own.
+LOWEST := .venv-lowest
+LOWEST_PIP := $(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST_PIP) $(TORCH_PIP) torch==$(TORCH)
+	$(LOWEST_PIP) wheel setuptools ninja hatchling editables
+	DS_BUILD_OPS=0 $(LOWEST_PIP) --no-build-isolation deepspeed
+	$(LOWEST_PIP) --no-build-isolation --editable . bitsandbytes hypothesis pytest pytest-timeout pytest-xdist scipy
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# Whether the tests notice changes to what decides about memory and devices.
+mutants: install
+	$(BIN)/python benchmarks/mutation/mutate.py
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

@@ -519,8 +519,8 @@ OPTIONS: tuple[Option, ...] = (
         name="devices",
         parse=_text,
         default="auto",
-        metavar="auto|N|cpu|cpu:N",
-        help="Devices to use, one data-parallel rank on each.",
+        metavar="auto|N|gpu:I,J|UUID,...|cpu|cpu:N",
+        help="Devices to use, one data-parallel rank on each: all, so many, or those named.",
     ),
     Option(
         name="device_memory",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autotune.errors import UsageError
-from autotune.hardware import Cluster, Rates
+from autotune.hardware import Cluster, Links, Rates
 
 _TERA = 1e12
 _GIGA = 1e9
@@ -195,9 +195,14 @@ def find_gpu(name: str) -> Gpu:
     return gpu
 
 
+def known_gpu(product: str) -> Gpu | None:
+    """Return the GPU of a product's name, in any case; None if it is not in the table."""
+    return _BY_NAME.get(product.casefold())
+
+
 def canonical_name(product: str) -> str:
     """Return the short name of a known product, and any other name as it is."""
-    gpu = _BY_NAME.get(product.casefold())
+    gpu = known_gpu(product)
     return gpu.name if gpu else product
 
 
@@ -291,12 +296,18 @@ def named_cluster(
     )
 
 
-def named_rates(gpus: Sequence[NodeGpus], nodes: int, precision: str) -> Rates:
-    """Return what a rank of the named GPUs may reach, from the table; nothing here is measured."""
+def named_rates(
+    gpus: Sequence[NodeGpus], nodes: int, precision: str, links: Links | None = None
+) -> Rates:
+    """Return what a rank of the named GPUs may reach, from the table; nothing here is measured.
+
+    Of `links` that were found what they tell goes before the table.
+    """
     slowest = min((node.gpu for node in gpus), key=lambda gpu: gpu.half_flops_per_s)
     devices = max(node.count for node in gpus)
     flops = slowest.single_flops_per_s if precision == "fp32" else slowest.half_flops_per_s
-    link = slowest.peer_bytes_per_s
+    host_link = (links and links.host_bytes_per_s) or slowest.host_bytes_per_s
+    link = (links and links.peer_bytes_per_s) or _peer_bytes_per_s(slowest, host_link)
     several_nodes = nodes > 1 or len(gpus) > 1
     if several_nodes:
         link = min(link, _NODE_NETWORK_BYTES_PER_S / devices)
@@ -304,8 +315,15 @@ def named_rates(gpus: Sequence[NodeGpus], nodes: int, precision: str) -> Rates:
         matmul_flops_per_s=ACHIEVED_ARITHMETIC * flops,
         memory_bytes_per_s=_ACHIEVED_BANDWIDTH * slowest.memory_bytes_per_s,
         link_bytes_per_s=_ACHIEVED_BANDWIDTH * link,
-        host_link_bytes_per_s=_ACHIEVED_BANDWIDTH * slowest.host_bytes_per_s,
+        host_link_bytes_per_s=_ACHIEVED_BANDWIDTH * host_link,
         host_memory_bytes_per_s=_HOST_MEMORY_BYTES_PER_S / devices,
         operator_overhead_s=_LAUNCH_S,
         collective_overhead_s=_NODES_MEETING_S if several_nodes else _MEETING_S,
     )
+
+
+def _peer_bytes_per_s(gpu: Gpu, host_link_bytes_per_s: float) -> float:
+    """Return what peers exchange: those that have no link of their own, no more than their slot."""
+    if gpu.peer_bytes_per_s > gpu.host_bytes_per_s:
+        return gpu.peer_bytes_per_s
+    return min(gpu.peer_bytes_per_s, host_link_bytes_per_s)

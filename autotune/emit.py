@@ -15,6 +15,29 @@ ADAM_EPS = 1e-8
 
 _CHECKPOINTS_A_TRAINING = 4
 
+_SCALED_LOSS = {
+    "enabled": True,
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+"""Gradients of fp16 are kept from vanishing by a loss scale that is found as training goes: 0 says
+so. The others are DeepSpeed's defaults."""
+
+
+def without_overflow(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with which no update is skipped: of a probe, whose updates are measured.
+
+    The scale of fp16 begins at 2^16, at which gradients overflow until it has been halved often
+    enough, and an update that overflows is left out.
+    """
+    if not config["fp16"]["enabled"]:
+        return config
+    return config | {"fp16": config["fp16"] | {"initial_scale_power": 0}}
+
+
 BETWEEN_STEPS_NOTHING = {
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -40,7 +63,7 @@ def ds_config(
         **_optimizer(job, cluster, setting),
         "zero_optimization": _zero(setting, profile),
         "bf16": {"enabled": job.precision == "bf16"},
-        "fp16": {"enabled": job.precision == "fp16"},
+        "fp16": _SCALED_LOSS if job.precision == "fp16" else {"enabled": False},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
@@ -86,7 +109,12 @@ def _optimizer(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
     if job.optimizer == ADAFACTOR:
         params = {"lr": job.learning_rate, "weight_decay": job.weight_decay}
         return {"optimizer": {"type": "Adafactor", "params": params}}
-    return {"optimizer": {"type": "AdamW", "params": _adamw(job, cluster, setting)}}
+    config: dict[str, Any] = {
+        "optimizer": {"type": "AdamW", "params": _adamw(job, cluster, setting)}
+    }
+    if _on_host(cluster, setting) and job.host_adam == "torch":
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config
 
 
 def _adamw(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
@@ -98,12 +126,19 @@ def _adamw(job: Job, cluster: Cluster, setting: Setting) -> dict[str, Any]:
     }
     # Without torch_adam DeepSpeed compiles a C++ or CUDA optimizer; on the host, offloaded, that is
     # the fast one and wanted, elsewhere torch's own is as fast and needs no compiler.
-    if setting.structure.offload_optimizer == "none" or not cluster.has_separate_memory:
+    if not _on_host(cluster, setting):
         params["torch_adam"] = True
         if cluster.has_separate_memory:
             # Otherwise its update takes temporaries there, three as long as all that it updates.
             params["fused"] = True
+    elif job.host_adam == "torch":
+        params["torch_adam"] = True
     return params
+
+
+def _on_host(cluster: Cluster, setting: Setting) -> bool:
+    """Tell whether states are offloaded to a memory that is not the device's."""
+    return setting.structure.offload_optimizer != "none" and cluster.has_separate_memory
 
 
 def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
@@ -168,6 +203,8 @@ def train_spec(
         save_every_s=job.save_every_s,
         probed_tokens=probed_tokens,
         loss=setting.structure.loss,
+        rank_cpus=cluster.rank_cpus,
+        expandable_segments=setting.structure.expandable_segments,
     )
 
 

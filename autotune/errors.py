@@ -70,3 +70,12 @@ class ConfigError(AutotuneError):
 
 class VirtualRunUnavailableError(AutotuneError):
     """The engine cannot be run over fake tensors here; estimates go on with arithmetic."""
+
+
+def raised_in(error: BaseException) -> str:
+    """Return the innermost function of Python's that an exception comes from."""
+    trace, name = error.__traceback__, ""
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_name
+        trace = trace.tb_next
+    return name

@@ -21,11 +21,46 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device that was found, as it is now; None is not known."""
+
+    index: int
+    uuid: str | None
+    name: str | None
+    memory_bytes: int | None
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """How the devices of a host reach each other and the host; one direction, the slowest counts.
+
+    Attributes:
+        kind: what a ring of the devices goes over; None is not known.
+        linked_pairs: places of devices that NVLinks connect, where there is no ring of them.
+        no_peer_access: places of devices that exchange through the host's memory.
+    """
+
+    kind: Literal["nvlink", "pcie"] | None
+    peer_bytes_per_s: float | None
+    host_bytes_per_s: float | None
+    linked_pairs: tuple[tuple[int, int], ...] = ()
+    no_peer_access: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """Alike devices, one data-parallel rank on each.
 
     `device_memory_bytes` is what one rank may allocate at most. On a CPU the ranks share the host's
     memory, so it is a share of that. `host` is None where the hardware is only named, not there.
+
+    Attributes:
+        headroom_bytes: of a device's free memory, what is left to others who use it.
+        devices: those that were found, in the order of their ranks.
+        links: of a host's devices, as far as they tell.
+        rank_cpus: logical CPUs near each rank's device, where they are known.
+        unusable: why nothing can be run on these devices here, though they can be planned for.
     """
 
     kind: DeviceKind
@@ -38,6 +73,11 @@ class Cluster:
     visible_devices: tuple[str, ...]
     host: Host | None
     notes: tuple[str, ...] = ()
+    headroom_bytes: int = 0
+    devices: tuple[Device, ...] = ()
+    links: Links | None = None
+    rank_cpus: tuple[tuple[int, ...], ...] = ()
+    unusable: str | None = None
 
     @property
     def has_separate_memory(self) -> bool:

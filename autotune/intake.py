@@ -20,17 +20,18 @@ from autotune.dataset.packing import require_separation
 from autotune.dataset.rows import REPORTED
 from autotune.dataset.splitting import num_held_out
 from autotune.detect import detect
-from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rates
+from autotune.devices import NodeGpus, canonical_name, known_gpu, named_cluster, named_rates
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import (
     ConfigError,
     InputMissingError,
+    NoUsableDeviceError,
     SetupFaultError,
     UsageError,
     VirtualRunUnavailableError,
 )
-from autotune.hardware import Bench, Cluster, DeviceKind, Rates
+from autotune.hardware import Bench, Cluster, DeviceKind, Links, Rates
 from autotune.knobs import NO_PINS, Pins
 from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
@@ -169,8 +170,29 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         pins=pins,
         deepspeed=kept,
-        notes=notes,
+        notes=(*notes, *_told(options, cluster, here=named is None)),
     )
+
+
+def _told(options: Options, cluster: Cluster, *, here: bool) -> tuple[str, ...]:
+    """Say what was chosen because the devices are as they are."""
+    reason = why_precision(options["precision"], cluster)
+    unusable = f"planned only, as {cluster.unusable}" if cluster.unusable else None
+    flash = None
+    if here and cluster.has_separate_memory and not options["packing"]:
+        why_not = _why_not_flash(cluster, options["precision"], here=True)
+        flash = why_not and f"attention {FLASH_ATTENTION} is not tried, as it {why_not}"
+    return tuple(note for note in (unusable, reason, flash) if note)
+
+
+def require_usable(cluster: Cluster) -> None:
+    """Refuse devices that can only be planned for.
+
+    Raises:
+        NoUsableDeviceError: with the reason.
+    """
+    if cluster.unusable is not None:
+        raise NoUsableDeviceError(cluster.unusable)
 
 
 def require_installed(options: Options, *, here: bool) -> None:
@@ -238,8 +260,8 @@ def _with_user_config(options: Options) -> tuple[Options, Pins, dict[str, Any], 
 def start_processes(question: Question) -> None:
     """Start the server that ranks are forked from; it imports while the data is read."""
     cluster = question.cluster
-    # What is only named is looked into without it.
-    kind = "cpu" if question.named else cluster.kind
+    # What is only named, or cannot be opened here, is looked into without it.
+    kind = "cpu" if question.named or cluster.unusable else cluster.kind
     processes.start_server(rank_environment(kind, cluster.visible_devices))
 
 
@@ -489,8 +511,31 @@ def choose_precision(asked: str, cluster: Cluster) -> Any:  # noqa: ANN401 - a P
         return asked
     if cluster.kind == "cpu":
         return "fp32"
-    capable = cluster.compute_capability is None or cluster.compute_capability >= _BF16_CAPABILITY
-    return "bf16" if capable else "fp16"
+    return "bf16" if _has_bf16(cluster) else "fp16"
+
+
+def _has_bf16(cluster: Cluster) -> bool:
+    capability = cluster.compute_capability
+    return capability is None or capability >= _BF16_CAPABILITY
+
+
+def why_precision(asked: str, cluster: Cluster) -> str | None:
+    """Say why GPUs that have no bf16 compute as they do; None of all others."""
+    if not cluster.has_separate_memory or _has_bf16(cluster):
+        return None
+    assert cluster.compute_capability is not None, "what it lacks is known by it"
+    which = f"{cluster.device_name} has compute capability {_version(cluster.compute_capability)}"
+    if asked == "auto":
+        return f"computes in fp16 with loss scaling, as {which}, and bf16 needs 8.0"
+    if asked == "bf16":
+        return (
+            f"--precision bf16 is emulated and slow, as {which}, and it needs 8.0: fp16 is faster"
+        )
+    return None
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _traces_if_there(
@@ -511,7 +556,8 @@ def flash_runs(question: Question) -> bool:
     """
     if question.named is not None or question.options["packing"]:
         return False
-    return _why_not_flash(question) is None
+    asked = question.options["precision"]
+    return _why_not_flash(question.cluster, asked, here=True) is None
 
 
 def _require_attention(attention: str, question: Question) -> None:
@@ -521,22 +567,23 @@ def _require_attention(attention: str, question: Question) -> None:
         ConfigError: the devices are no GPUs or too old, the precision has more than 16 bits, or the
             package is missing on devices that are here.
     """
-    if attention == FLASH_ATTENTION and (reason := _why_not_flash(question)) is not None:
+    if attention != FLASH_ATTENTION:
+        return
+    asked, here = question.options["precision"], question.named is None
+    if (reason := _why_not_flash(question.cluster, asked, here=here)) is not None:
         msg = f"attention {FLASH_ATTENTION} {reason}, or use sdpa"
         raise ConfigError(msg)
 
 
-def _why_not_flash(question: Question) -> str | None:
+def _why_not_flash(cluster: Cluster, precision: str, *, here: bool) -> str | None:
     """Say what FlashAttention's package lacks, and how to help it; None if it lacks nothing."""
-    cluster = question.cluster
-    precision = choose_precision(question.options["precision"], cluster)
     if not cluster.has_separate_memory:
         return "needs GPUs: name some with --gpus"
-    if cluster.compute_capability is not None and cluster.compute_capability < _BF16_CAPABILITY:
+    if not _has_bf16(cluster):
         return "needs GPUs of compute capability 8.0 or more"
-    if precision == "fp32":
+    if choose_precision(precision, cluster) == "fp32":
         return "computes in bf16 or fp16: choose one with --precision"
-    if question.named is None and importlib.util.find_spec("flash_attn") is None:
+    if here and importlib.util.find_spec("flash_attn") is None:
         return "needs the package flash-attn, which is not installed: install it"
     return None
 
@@ -626,9 +673,14 @@ def _profile(
 def _rates(cluster: Cluster, precision: str) -> Rates:
     """Return what the ranks of this machine do, measured once.
 
+    Of devices that torch cannot open here it is what the table of known GPUs says.
+
     Raises:
         SetupFaultError: torch cannot use the devices, or not in this precision.
+        NoUsableDeviceError: it cannot open them, and they are not in the table.
     """
+    if cluster.unusable and read_bench(cluster) is None:
+        return _rates_of_table(cluster, precision)
     rates = bench(cluster).rates(precision)
     if rates is None:
         msg = (
@@ -639,6 +691,16 @@ def _rates(cluster: Cluster, precision: str) -> Rates:
     return rates
 
 
+def _rates_of_table(cluster: Cluster, precision: str) -> Rates:
+    """Return the rates of named GPUs, their links as they are wired here."""
+    gpu = known_gpu(cluster.device_name)
+    if gpu is None:
+        require_usable(cluster)
+        raise AssertionError(cluster)
+    named = NamedHardware(gpus=(NodeGpus(cluster.num_devices, gpu),))
+    return _named_rates(named, precision, cluster.links)
+
+
 def bench(cluster: Cluster, *, anew: bool = False) -> Bench:
     """Measure what the ranks of this machine do, or return what was measured before.
 
@@ -647,6 +709,7 @@ def bench(cluster: Cluster, *, anew: bool = False) -> Bench:
     """
     from autotune.profile.child import benched
 
+    require_usable(cluster)
     known = None if anew else read_bench(cluster)
     if known is not None:
         return known
@@ -682,9 +745,9 @@ def _bench_path(cluster: Cluster) -> Path:
     return _cache_path("bench", cluster.identity(), facts, versions(), __version__)
 
 
-def _named_rates(named: NamedHardware, precision: str) -> Rates:
+def _named_rates(named: NamedHardware, precision: str, links: Links | None = None) -> Rates:
     """Return the rates of the table, or those of this machine's bench where it has such devices."""
-    rates = named_rates(named.gpus, named.nodes, precision)
+    rates = named_rates(named.gpus, named.nodes, precision, links)
     names = {node.gpu.name for node in named.gpus}
     benches = filter(None, map(_read_bench, sorted((cache_dir() / "bench").glob("*.json"))))
     alike = [one for device, one in benches if {canonical_name(device)} == names]

@@ -36,10 +36,11 @@ _COMMUNICATORS_BYTES = 1280 * _MIB
 _CPU_FRAGMENTATION = 0.03
 """Share of the allocated peak that malloc holds besides."""
 
-_GPU_FRAGMENTATION = 0.4
+GPU_FRAGMENTATION = 0.4
 """Share of what comes and goes within a step that torch's caching allocator holds besides: blocks
 that were let go of and fit nothing since. Weights and states stay where they are. Fitted to
-published figures of reserved memory and of nvidia-smi (benchmarks/published)."""
+published figures of reserved memory and of nvidia-smi (benchmarks/published). What a probe
+measures of it on this machine goes before it (tune/beliefs.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,12 @@ class MemoryEstimate:
     def device_bytes(self) -> Floats:
         """Return what the device must have free."""
         total: Floats = self.allocated_bytes + self.runtime_bytes
+        return total
+
+    @property
+    def fleeting_bytes(self) -> Floats:
+        """Return what comes and goes within a step, which is what fragments a GPU's memory."""
+        total: Floats = sum(getattr(self, name) for name in _FLEETING)
         return total
 
     def row(self, index: int) -> dict[str, int]:
@@ -133,6 +140,7 @@ def estimate_memory(
             offloads=structure.offload_optimizer != "none" and cluster.has_separate_memory,
             overlaps=structure.overlap_comm,
             optimizer=job.optimizer,
+            scales_loss=job.precision == "fp16",
         )
         rows = micro_batches[places]
         trace = profile.trace(structure.checkpointing, structure.attention, structure.loss)
@@ -290,7 +298,11 @@ def _terms(
     optimizer_off = structure.offload_optimizer != "none"
     on_device = weights * (not params_off) + optimizer * (not optimizer_off)
     creation = _creation(engine, cluster) - on_device
-    step = max(zero.reducing(engine), zero.updating(engine, _temporaries(engine, cluster)))
+    step = max(
+        zero.reducing(engine),
+        zero.looking_for_overflow(engine),
+        zero.updating(engine, _temporaries(engine, cluster)),
+    )
     beyond = np.maximum(0.0, max(creation, step) - peak.total)
     missing = zero.resident_gradients(engine) - peak.gradients
     gradients = np.clip(missing, 0.0, beyond) if step >= creation else np.zeros_like(beyond)
@@ -344,7 +356,7 @@ def runtime_bytes(cluster: Cluster, parts: Mapping[str, Floats]) -> Floats:
     """Return what a rank holds besides tensors, for peaks of these parts."""
     names, share = PARTS, _CPU_FRAGMENTATION
     if cluster.has_separate_memory:
-        names, share = _FLEETING, _GPU_FRAGMENTATION
+        names, share = _FLEETING, GPU_FRAGMENTATION
     held: Floats = np.sum([parts[name] for name in names], axis=0)
     return fixed_runtime_bytes(cluster) + share * held
 

@@ -23,7 +23,11 @@ class Measured:
             slowest rank.
         boundary_extra_s: what gradient synchronisation and the update add to the last micro-step.
         spread: median absolute deviation of repeated micro-steps over their median, the largest.
-        peak_bytes: the highest device memory of the worst rank, its process baseline subtracted.
+        peak_bytes: the highest device memory of the worst rank, its process baseline subtracted;
+            on a GPU what its allocator reserved.
+        allocated_bytes: of that what was in tensors; None where the device does not count it.
+        device_used_bytes: what the fullest device had in use besides what others used before, as
+            NVML sees it: context and communicators are in it; None where it was not watched.
     """
 
     kind: ClassVar[str] = "measured"
@@ -34,6 +38,8 @@ class Measured:
     boundary_extra_s: float
     spread: float
     peak_bytes: int
+    allocated_bytes: int | None = None
+    device_used_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,14 @@ class Interrupted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Invalid:
+    """A device went wrong meanwhile; what it did or did not do says nothing about the setting."""
+
+    kind: ClassVar[str] = "invalid"
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unknown:
     """A death without a cause; never counted as out of memory."""
 
@@ -77,10 +91,14 @@ class Unknown:
     evidence: str
 
 
-Outcome = Measured | OutOfMemory | TimedOut | Crashed | Interrupted | Unknown
+Outcome = Measured | OutOfMemory | TimedOut | Crashed | Interrupted | Invalid | Unknown
+
+SAYS_NOTHING = (Interrupted, Invalid)
+"""Ends of a rung from which nothing of its setting follows: it can be tried again."""
 
 _KINDS: dict[str, type[Outcome]] = {
-    kind.kind: kind for kind in (Measured, OutOfMemory, TimedOut, Crashed, Interrupted, Unknown)
+    kind.kind: kind
+    for kind in (Measured, OutOfMemory, TimedOut, Crashed, Interrupted, Invalid, Unknown)
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from autotune import __version__
 from autotune.config import AUTO, Options
+from autotune.detect.monitor import watch
 from autotune.detect.nvidia import used_bytes
 from autotune.documents import emission, plan_document, tuning_figures
 from autotune.emit import ds_config, launch_script
@@ -25,6 +26,7 @@ from autotune.errors import (
     InputMissingError,
     InterruptedRunError,
     NothingFitsError,
+    SetupFaultError,
     UsageError,
 )
 from autotune.handoff import Handoff, require_trainable
@@ -34,6 +36,7 @@ from autotune.intake import (
     Workload,
     ask,
     look_into,
+    require_usable,
     require_working,
     start_processes,
     total_steps,
@@ -101,6 +104,7 @@ class Run:
             AutotuneError: a stage failed; result.json says why.
             InterruptedRunError: stopped from outside or out of budget; so says result.json.
         """
+        require_usable(self.question.cluster)
         self.dir.create()
         with self.dir.locked():
             if (done := self.finished(with_training=with_training)) is not None:
@@ -160,7 +164,9 @@ class Run:
         self._enter("profile")
         workload = look_into(self.question, dataset_dir=self.dir.dataset, logs=self.dir.logs)
         self._write_workload(workload)
+        require_any_kept(workload.plan)
         require_trainable(workload, self.dir, with_training=with_training)
+        workload = with_built_ops(workload, self.dir.logs / "ops.log")
         self._enter("tune")
         started = time.monotonic()
         tuned = self._tune(workload, known)
@@ -200,14 +206,9 @@ class Run:
         write_json(self.dir.plan, plan_document(workload))
 
     def _tune(self, workload: Workload, known: list[Rung]) -> Tuned:
-        from autotune.profile.child import build_ops
-
         plan, cluster = workload.plan, self.question.cluster
         steps = total_steps(workload)
         assert steps is not None, "a run has a dataset"
-        require_any_kept(plan)
-        _log.info("building DeepSpeed's ops (once an environment)")
-        build_ops(_ops(workload), self.dir.logs / "ops.log")
         site = JobSite(
             job=workload.job,
             cluster=cluster,
@@ -223,9 +224,11 @@ class Run:
         if not known and not options["no_cache"]:
             known = self._taken_over(cache.read(workload))
         budget = options["tune_budget"]
+        # A host's memory is everybody's, and there is no driver to ask.
+        monitor = watch(cluster.visible_devices) if cluster.has_separate_memory else None
         tuner = Tuner(
             plan,
-            LocalProber(self.dir.logs, memory=_device_memory(cluster)),
+            LocalProber(self.dir.logs, memory=_device_memory(cluster), monitor=monitor),
             site,
             known,
             record=self._record,
@@ -242,6 +245,8 @@ class Run:
             )
         finally:
             write_study(tuner.study, self.dir.study)
+            if monitor is not None:
+                monitor.close()
         cache.keep(tuned.rungs, workload)
         return tuned
 
@@ -295,7 +300,9 @@ class Run:
 
         Raises:
             TrainingFailedError: the training ended badly.
+            NoUsableDeviceError: torch cannot open the devices.
         """
+        require_usable(self.question.cluster)
         # What was made for the tuning may have gone from the cache.
         self.question.source.complete()
         handoff = Handoff(
@@ -357,6 +364,27 @@ class Run:
 def _device_memory(cluster: Cluster) -> DeviceMemory | None:
     """Watch the memory of devices that have their own; a host's is everybody's."""
     return DeviceMemory(used_bytes) if cluster.has_separate_memory else None
+
+
+def with_built_ops(workload: Workload, log: Path) -> Workload:
+    """Build the ops that the plan needs; without a fast Adam for the host, take torch's there.
+
+    Raises:
+        SetupFaultError: an op cannot be built, and there is nothing in its place.
+    """
+    from autotune.profile.child import build_ops
+
+    _log.info("building DeepSpeed's ops (once an environment)")
+    try:
+        build_ops(_ops(workload), log)
+    except SetupFaultError as error:
+        slower = replace(workload, job=replace(workload.job, host_adam="torch"))
+        if workload.question.cluster.kind == "cpu" or _ops(slower) == _ops(workload):
+            raise
+        _log.warning("offloaded states are updated by torch's AdamW, which is slower: %s", error)
+        build_ops(_ops(slower), log)
+        return slower
+    return workload
 
 
 def _ops(workload: Workload) -> list[str]:

@@ -69,6 +69,7 @@ class Structure:
         stage3_prefetch_bucket_size: elements that stage 3 gathers ahead; `BY_MODEL` is two layers.
         stage3_param_persistence_threshold: elements up to which stage 3 leaves a parameter whole.
         threads_per_rank: of a rank on a CPU; `THREADS_DETECTED` leaves it to the cluster.
+        expandable_segments: whether torch's allocator on a GPU grows its segments.
     """
 
     zero_stage: int
@@ -84,6 +85,7 @@ class Structure:
     stage3_param_persistence_threshold: int = DEFAULT_PERSISTENCE_THRESHOLD
     threads_per_rank: int = THREADS_DETECTED
     loss: str = WHOLE
+    expandable_segments: bool = False
 
     def __post_init__(self) -> None:
         if self.overlap_comm not in {True, False}:
@@ -127,6 +129,7 @@ class Structure:
             ),
             "threads_per_rank": f"threads-{self.threads_per_rank}",
             "loss": f"{self.loss}-loss",
+            "expandable_segments": "expandable-segments",
         }
         return tuple(
             word for knob, word in words.items() if getattr(self, knob) != getattr(plain, knob)
@@ -154,6 +157,7 @@ _LATER_KNOBS = frozenset(
         "stage3_param_persistence_threshold",
         "threads_per_rank",
         "loss",
+        "expandable_segments",
     }
 )
 """What JSON has only where it says something, so that older settings keep their names."""

@@ -200,7 +200,9 @@ _OF_THE_MODEL = ("attention", "checkpointing")
 
 def _has(cluster: Cluster, zero_stage: int, knob: str) -> bool:
     """Tell whether a knob can be turned at a stage."""
-    if knob.startswith("offload_") and not cluster.has_separate_memory:
+    if (knob.startswith("offload_") or knob == "expandable_segments") and (
+        not cluster.has_separate_memory
+    ):
         return False
     if knob == "threads_per_rank" and cluster.has_separate_memory:
         return False
@@ -230,6 +232,8 @@ def _why_nothing_is_left(
             reasons.append(f"{name} needs GPUs, with a memory beside the host's")
         elif name in limits:
             reasons.append(_said(name, limits[name]))
+        elif name == "expandable_segments" and not cluster.has_separate_memory:
+            reasons.append(f"{name} is of torch's allocator on GPUs")
         elif name == "threads_per_rank" and cluster.has_separate_memory:
             reasons.append(f"{name} is of ranks on a CPU")
         elif knob.stages != ZERO_STAGES:

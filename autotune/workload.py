@@ -48,6 +48,8 @@ class Job:
     `lora` where the method trains adapters; `merge` adds its adapters to the weights in the end.
     `deepspeed` is what the user's own DeepSpeed config says besides the rest.
     `trainer` are the user's own arguments of transformers' TrainingArguments, by name.
+    `host_adam` is whose AdamW updates what is offloaded: DeepSpeed's, which has to be compiled, or
+    torch's.
     """
 
     model: str
@@ -73,6 +75,7 @@ class Job:
     trainer: tuple[tuple[str, Any], ...] = ()
     eval_share: float = 0.0
     save_every_s: float | None = None
+    host_adam: Literal["deepspeed", "torch"] = "deepspeed"
 
     @property
     def compute_bytes(self) -> int:
@@ -272,6 +275,8 @@ class TrainSpec:
         eval_share: share of the rows that is held out of the training to evaluate on.
         save_every_s: seconds after which a checkpoint is saved at the end of a step.
         probed_tokens: padded tokens of the largest micro-batch that the setting was probed with.
+        rank_cpus: logical CPUs near the device of each rank of a node; empty where any will do.
+        expandable_segments: whether the device's allocator grows its segments.
     """
 
     model_dir: str
@@ -293,6 +298,8 @@ class TrainSpec:
     save_every_s: float | None = None
     probed_tokens: int | None = None
     loss: str = WHOLE
+    rank_cpus: tuple[tuple[int, ...], ...] = ()
+    expandable_segments: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self)}
@@ -302,4 +309,5 @@ class TrainSpec:
         rest = {name: value for name, value in fields.items() if name != "schema"}
         if rest.get("lora"):
             rest["lora"] = Lora.from_json(rest["lora"])
+        rest["rank_cpus"] = tuple(map(tuple, rest.get("rank_cpus", ())))
         return cls(**rest)

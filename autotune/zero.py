@@ -152,6 +152,7 @@ class Engine:
         offloads: whether the optimizer is in host memory, as gradients are then once reduced.
         overlaps: whether gradients are reduced beside the backward pass (overlap_comm).
         optimizer: what updates the weights.
+        scales_loss: whether gradients are looked through for overflow, as those of fp16 are.
     """
 
     shards: Shards
@@ -162,6 +163,7 @@ class Engine:
     offloads: bool = False
     overlaps: bool = False
     optimizer: Optimizer = "adamw"
+    scales_loss: bool = False
 
     @property
     def kind(self) -> tuple[int, bool, bool, bool]:
@@ -371,6 +373,19 @@ def reducing(engine: Engine) -> float:
             gathered = shards.persistent + shards.outermost
             bucket += copied * _copies_to_scatter(engine)
             return float(size * (shards.shard * (not engine.offloads) + bucket + gathered))
+
+
+def looking_for_overflow(engine: Engine) -> float:
+    """Return gradients and temporaries while those of fp16 are looked through before an update.
+
+    Stage 3 takes the absolute value of its flat buffer and compares it (has_overflow of stage3.py,
+    torch.isinf); the others reduce each gradient to its extremes (has_inf_or_nan of utils.py).
+    """
+    if not engine.scales_loss or engine.zero_stage < 3 or engine.offloads:  # noqa: PLR2004
+        return 0.0
+    shards, size = engine.shards, engine.compute_bytes
+    compared = 1
+    return float(size * (shards.shard + shards.bucket) + (size + compared) * shards.shard)
 
 
 def updating(engine: Engine, temporaries: int) -> float:

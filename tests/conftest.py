@@ -7,10 +7,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from autotune import processes
 from autotune.environment import rank_environment
+
+hypothesis.settings.register_profile(
+    # The same examples in every run; no deadline, as a busy machine is no defect.
+    "autotune",
+    max_examples=40,
+    derandomize=True,
+    deadline=None,
+)
+hypothesis.settings.load_profile("autotune")
 
 REPOSITORY = Path(__file__).parent.parent
 QUICKSTART = REPOSITORY / "examples" / "quickstart" / "data.jsonl"

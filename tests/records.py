@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -20,15 +19,6 @@ from autotune.space import CHECKPOINTING_MODES, enumerate_space
 from autotune.throughput import DrawnRows, Floats, Ints
 from autotune.units import GIB
 from autotune.workload import Job, ModelProfile, Moment, Polynomial, Trace
-
-hypothesis.settings.register_profile(
-    # The same examples in every run; no deadline, as a busy machine is no defect.
-    "autotune",
-    max_examples=40,
-    derandomize=True,
-    deadline=None,
-)
-hypothesis.settings.load_profile("autotune")
 
 LENGTHS: Ints = np.arange(100, 1124, dtype=np.int64)
 

@@ -1,14 +1,18 @@
 """From the evidence that a probe left to the outcome; what is not known stays unknown."""
 
+import json
 import signal
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autotune.errors import raised_in
 from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut, Unknown
-from autotune.probe.classify import Death, Evidence, classify
+from autotune.probe.classify import Death, Evidence, classify, exhausted_memory
 
 NOTHING = Evidence(
     device_kind="cpu",
@@ -53,6 +57,88 @@ def test_an_allocator_says_whose_memory_ran_out(
         assert isinstance(outcome, OutOfMemory)
         assert outcome.where == where
         assert exception in outcome.evidence
+
+
+RECORDED: list[dict[str, Any]] = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "recorded" / "deaths.jsonl").read_text().splitlines()
+]
+"""What torch, NCCL and CUDA's libraries said on machines of others; each with where it is found."""
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda line: line["source"].partition(" ")[0])
+def test_what_others_saw_is_told_apart(recorded: dict[str, Any]) -> None:
+    seen = Death(
+        rank=0,
+        exception=recorded["exception"],
+        message=recorded["message"],
+        raised_in=recorded.get("raised_in", ""),
+    )
+
+    assert exhausted_memory(seen, "cuda") == recorded["where"]
+    assert recorded["source"].startswith("https://")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "cudaErrorMemoryAllocation",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUSOLVER_STATUS_ALLOC_FAILED",
+        "CUSPARSE_STATUS_ALLOC_FAILED",
+        "Cuda failure 2 'out of memory'",
+        "Cuda failure 'out of memory'",
+        "Failed to CUDA calloc",
+    ],
+)
+def test_each_allocator_s_words_are_enough_by_themselves(message: str) -> None:
+    for text in (message, message.upper(), f"before\n{message} after"):
+        assert exhausted_memory(death("builtins.RuntimeError", text), "cuda") == "device"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "out of memory",
+        "[Errno 28] No space left on device",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUBLAS_STATUS_EXECUTION_FAILED",
+        "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)",
+        "Cuda failure 3 'initialization error'",
+    ],
+)
+def test_other_words_are_no_out_of_memory(message: str) -> None:
+    assert exhausted_memory(death("torch.AcceleratorError", message), "cuda") is None
+
+
+def test_memory_to_be_pinned_is_the_host_s() -> None:
+    pinning = replace(death("torch.AcceleratorError", "CUDA error: out of memory"))
+    assert exhausted_memory(replace(pinning, raised_in="pin_memory"), "cuda") == "host"
+    assert exhausted_memory(replace(pinning, raised_in="forward"), "cuda") == "device"
+
+
+def test_a_size_that_no_memory_has_is_a_fault_and_no_lack() -> None:
+    garbled = death("torch.OutOfMemoryError", "Tried to allocate more than 1EB memory")
+    assert exhausted_memory(garbled, "cuda") is None
+    outcome = classify(replace(NOTHING, device_kind="cuda", deaths=(garbled,)))
+    assert isinstance(outcome, Crashed)
+
+
+def test_an_exception_tells_the_function_that_it_comes_from() -> None:
+    def pin_memory() -> None:
+        raise RuntimeError
+
+    def outer() -> None:
+        pin_memory()
+
+    with pytest.raises(RuntimeError) as caught:
+        outer()
+    assert raised_in(caught.value) == "pin_memory"
+    assert raised_in(RuntimeError()) == ""
 
 
 KILLED = replace(NOTHING, exit_codes=(0, -signal.SIGKILL))

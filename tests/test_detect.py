@@ -15,6 +15,7 @@ from autotune.detect.nvidia import NvidiaDevice, NvidiaInventory
 from autotune.detect.torch_build import TorchBuild, read_torch_build
 from autotune.errors import NoUsableDeviceError, UsageError
 from autotune.hardware import Cluster, Host
+from autotune.intake import require_usable
 from autotune.units import GIB
 
 CUDA_TORCH = TorchBuild(version="2.13.0+cu130", cuda_version="13.0")
@@ -69,6 +70,27 @@ def test_devices_are_asked_for_in_four_forms(text: str, *, on_cpu: bool, count: 
 
 
 @pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("gpu:0", ("0",)),
+        ("gpu:2,0", ("2", "0")),
+        ("0,1", ("0", "1")),
+        ("GPU-8932f937", ("GPU-8932f937",)),
+        ("GPU-1,MIG-2", ("GPU-1", "MIG-2")),
+        ("gpu:GPU-1, 3", ("GPU-1", "3")),
+    ],
+)
+def test_gpus_can_be_named(text: str, entries: tuple[str, ...]) -> None:
+    assert parse_devices(text) == DeviceRequest(on_cpu=False, count=len(entries), entries=entries)
+
+
+@pytest.mark.parametrize("text", ["gpu:", "gpu:0,", "0,x", "gpu:-1", "gpu:cpu", "cpu,0", ","])
+def test_a_list_with_something_else_in_it_is_an_error(text: str) -> None:
+    with pytest.raises(UsageError, match="gpu:0,2"):
+        parse_devices(text)
+
+
+@pytest.mark.parametrize(
     "text", ["", "0", "cpu:0", "-1", "cpu:", "cpu:-2", "gpu", "1.5", "2 ", "cuda:1", "9" * 5000]
 )
 def test_any_other_form_is_an_error_that_names_them(text: str) -> None:
@@ -85,8 +107,12 @@ def test_a_count_is_read_as_it_is_written(place: str, count: int) -> None:
 def test_all_visible_gpus_are_used() -> None:
     cluster = choose("auto", make_gpu(0), make_gpu(1, free_gib=50))
     assert (cluster.kind, cluster.device_name, cluster.num_devices) == ("cuda", "A100", 2)
-    assert cluster.device_memory_bytes == 50 * GIB * 98 // 100
-    assert cluster.device_memory_source == "least free memory of the GPUs less 2 %"
+    others = 80 * GIB * 98 // 100 - 50 * GIB
+    assert cluster.device_memory_bytes == 50 * GIB - int(others * 0.1)
+    assert cluster.headroom_bytes == int(others * 0.1)
+    assert cluster.device_memory_source == (
+        "50.0 GiB free of the GPU less a headroom of 2.84 GiB, as others use 28.4 GiB"
+    )
     assert cluster.compute_capability == (8, 0)
     assert cluster.visible_devices == ("GPU-0", "GPU-1")
     assert cluster.threads_per_rank == 4
@@ -96,7 +122,8 @@ def test_all_visible_gpus_are_used() -> None:
 def test_a_number_takes_the_first_gpus_and_only_they_must_be_alike() -> None:
     cluster = choose("1", make_gpu(0), make_gpu(1, name="T4"))
     assert cluster.visible_devices == ("GPU-0",)
-    assert cluster.device_memory_source == "free memory of the GPU less 2 %"
+    assert cluster.device_memory_bytes == 80 * GIB * 98 // 100
+    assert cluster.device_memory_source == "all of the GPU, which nobody else uses"
 
 
 def test_more_gpus_than_there_are_is_an_error_that_counts_them() -> None:
@@ -126,14 +153,17 @@ def test_a_few_retired_pages_do_not_make_gpus_unlike() -> None:
     assert cluster.num_devices == 2
 
 
-def test_gpus_that_torch_cannot_use_are_an_error_with_two_ways_out() -> None:
-    with pytest.raises(NoUsableDeviceError) as caught:
-        choose("auto", make_gpu(0), torch_build=CPU_TORCH)
-    assert str(caught.value) == (
+def test_gpus_that_torch_cannot_use_can_be_planned_for_and_say_so() -> None:
+    cluster = choose("auto", make_gpu(0), torch_build=CPU_TORCH)
+    assert (cluster.kind, cluster.num_devices) == ("cuda", 1)
+    assert cluster.unusable == (
         "GPU 0 A100 80.0 GiB cannot be used because torch 2.13.0+cpu is built without CUDA:"
         " install a CUDA build of torch, or pass --devices cpu"
     )
+    with pytest.raises(NoUsableDeviceError, match="built without CUDA") as caught:
+        require_usable(cluster)
     assert caught.value.exit_code == 69
+    assert choose("auto", make_gpu(0)).unusable is None
 
 
 def test_the_cpu_is_used_beside_gpus_when_asked_for() -> None:
@@ -152,10 +182,10 @@ def test_gpus_without_uuids_are_named_by_number() -> None:
         uuid=None,
         name=None,
         memory_total_bytes=None,
-        memory_free_bytes=GIB,
+        memory_free_bytes=None,
         compute_capability=None,
     )
-    cluster = choose("auto", gpu)
+    cluster = choose("auto", gpu, device_memory_bytes=GIB)
     assert (cluster.visible_devices, cluster.device_name) == (("3",), "NVIDIA GPU")
 
 
@@ -179,7 +209,7 @@ def test_device_memory_is_a_cap_on_any_device(devices: str) -> None:
     assert cluster.device_memory_source == "--device-memory"
 
 
-@pytest.mark.parametrize(("devices", "kept"), [("auto", "77.4 GiB"), ("cpu:1", "36.0 GiB")])
+@pytest.mark.parametrize(("devices", "kept"), [("auto", "78.4 GiB"), ("cpu:1", "36.0 GiB")])
 def test_device_memory_above_what_there_is_keeps_the_smaller_with_a_note(
     devices: str, kept: str
 ) -> None:

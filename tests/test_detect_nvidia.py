@@ -1,14 +1,9 @@
-"""NVML through a stand-in with the functions used, and through a C library with NVML's names."""
+"""What is read of GPUs, and CUDA_VISIBLE_DEVICES; through the real binding: test_nvml_scenarios."""
 
 # ruff: noqa: N802 - the stand-in has the names of NVML
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -280,59 +275,3 @@ def test_numbers_among_unlike_gpus_are_noted_unless_their_order_is_fixed(
     unlike = [device(0, "GPU-aa", "T4"), device(1, "GPU-bb", "A100")]
     found = select_visible(unlike, {"CUDA_VISIBLE_DEVICES": mask, **order})
     assert ["PCI bus" in note for note in found.notes] == [True] * noted
-
-
-NVML_IN_C = r"""
-#include <stdio.h>
-#include <string.h>
-typedef unsigned long long u64;
-enum { OK = 0, NOT_SUPPORTED = 3 };
-int nvmlInitWithFlags(unsigned flags) { return OK; }
-int nvmlShutdown(void) { return OK; }
-const char *nvmlErrorString(int code) { return "fault of the test library"; }
-int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return OK; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
-  *device = (void *)(u64)(index + 1); return OK;
-}
-int nvmlDeviceGetName(void *device, char *name, unsigned size) {
-  snprintf(name, size, "Test GPU"); return OK;
-}
-int nvmlDeviceGetUUID(void *device, char *uuid, unsigned size) {
-  snprintf(uuid, size, "GPU-%08llx", (u64)device); return OK;
-}
-int nvmlDeviceGetMemoryInfo(void *device, u64 *total_free_used) {
-  total_free_used[0] = 24ull << 30;
-  total_free_used[1] = (24ull << 30) - ((u64)device << 30);
-  total_free_used[2] = (u64)device << 30;
-  return OK;
-}
-int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
-  *major = 8; *minor = 6; return OK;
-}
-int nvmlDeviceGetMigMode(void *device, unsigned *now, unsigned *pending) { return NOT_SUPPORTED; }
-"""
-
-
-COMPILER = shutil.which("cc")
-
-
-@pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
-def test_the_real_binding_reads_a_library_with_the_names_of_nvml(tmp_path: Path) -> None:
-    (tmp_path / "nvml.c").write_text(NVML_IN_C)
-    library = tmp_path / "libnvidia-ml.so.1"
-    build = [str(COMPILER), "-shared", "-fPIC", "-o", str(library), str(tmp_path / "nvml.c")]
-    subprocess.run(build, check=True)
-    code = "from autotune.detect.nvidia import read_nvidia; print(read_nvidia().devices)"
-    environ = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environ
-    )
-    expected = NvidiaDevice(
-        index=1,
-        uuid="GPU-00000002",
-        name="Test GPU",
-        memory_total_bytes=24 * GIB,
-        memory_free_bytes=22 * GIB,
-        compute_capability=(8, 6),
-    )
-    assert done.stdout == f"{(expected,)}\n"

@@ -30,6 +30,7 @@ COMMANDS = {
     "export": "Write what was tuned as the configuration of another tool.",
     "data": "Show what a data file holds and how it is trained on.",
     "detect": "Show the devices and what of them may be used.",
+    "doctor": "Examine this machine: what a run needs, and what is missing.",
 }
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

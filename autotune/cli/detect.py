@@ -1,5 +1,6 @@
 """`autotune detect`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -40,7 +41,7 @@ def command(*, bench: bool, no_cache: bool, as_json: bool, **flags: Any) -> None
     rows = _cluster_rows(cluster) + (_bench_rows(cluster, measured) if measured else [])
     width = max(len(name) for name, _ in rows)
     click.echo("\n".join(f"{name.ljust(width)}  {value}" for name, value in rows))
-    for note in cluster.notes:
+    for note in (*cluster.notes, *filter(None, [cluster.unusable])):
         click.echo(note, err=True)
 
 
@@ -51,12 +52,49 @@ def _cluster_rows(cluster: Cluster) -> list[tuple[str, str]]:
         ("devices", f"{cluster.num_devices} x {cluster.device_name} ({cluster.kind})"),
         ("memory a device", format_bytes(cluster.device_memory_bytes)),
         ("  bound by", cluster.device_memory_source),
+        *_device_rows(cluster),
         ("threads a rank", str(cluster.threads_per_rank)),
         ("host", f"{host.cpu_name}, {host.sockets} sockets, {host.physical_cores} cores"),
         ("cores to use", str(host.usable_cores)),
         ("memory to use", f"{format_bytes(host.memory_bytes)} ({host.memory_source})"),
         ("memory available", format_bytes(host.available_bytes)),
     ]
+
+
+def _device_rows(cluster: Cluster) -> list[tuple[str, str]]:
+    rows = []
+    for rank, device in enumerate(cluster.devices):
+        free = (
+            "free not told"
+            if device.free_bytes is None
+            else f"{format_bytes(device.free_bytes)} free"
+        )
+        cpus = f", near CPUs {ranges(cluster.rank_cpus[rank])}" if cluster.rank_cpus else ""
+        told = f"{device.name or 'of unknown name'}, {device.uuid or 'no UUID'}, {free}{cpus}"
+        rows.append((f"  rank {rank}", f"GPU {device.index}: {told}"))
+    links = cluster.links
+    if links is not None and links.kind is not None:
+        rate = links.peer_bytes_per_s
+        named = {"nvlink": "NVLink", "pcie": "PCIe"}[links.kind]
+        through = ", through host memory" if links.no_peer_access else ""
+        rows.append(
+            (
+                "  linked by",
+                named + (f", {rate / 1e9:.0f} GB/s a direction" if rate else "") + through,
+            )
+        )
+    return rows
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write numbers as ranges: 0-3,8."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def _bench_rows(cluster: Cluster, measured: Bench) -> list[tuple[str, str]]:

@@ -1,11 +1,15 @@
-"""What differs between kinds of device: memory readings, memory caps, waiting for work."""
+"""What differs between kinds of device: memory readings, memory caps, CPUs nearby, waiting."""
 
+import os
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+from autotune.engine import cuda
+from autotune.workload import TrainSpec
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -23,6 +27,10 @@ class MemoryMeter(Protocol):
     def reset(self) -> None: ...
 
     def peak_bytes(self) -> int: ...
+
+    def allocated_bytes(self) -> int | None:
+        """Return the peak of the bytes in tensors alone, where the device counts them."""
+        ...
 
 
 class ResidentSetMeter:
@@ -45,21 +53,31 @@ class ResidentSetMeter:
     def peak_bytes(self) -> int:
         return max(0, _status_bytes("VmHWM") - self._baseline)
 
+    def allocated_bytes(self) -> int | None:
+        return None
+
 
 class AllocatorMeter:
-    """A rank on an accelerator: the peak that the allocator reserved."""
+    """A rank on an accelerator: the peaks that the allocator reserved, and that tensors took."""
 
     growth = 0.0
 
     def reset(self) -> None:
         from deepspeed.accelerator import get_accelerator
 
+        # What smaller micro-batches left cached is no memory that this one needs.
+        get_accelerator().empty_cache()
         get_accelerator().reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:
         from deepspeed.accelerator import get_accelerator
 
         return int(get_accelerator().max_memory_reserved())
+
+    def allocated_bytes(self) -> int | None:
+        from deepspeed.accelerator import get_accelerator
+
+        return int(get_accelerator().max_memory_allocated())
 
 
 class MemoryCap:
@@ -108,23 +126,36 @@ def open_device(local_rank: int) -> None:
     accelerator.synchronize()
 
 
-def enter_rank(device_kind: str, memory_bytes: int, threads: int) -> tuple[MemoryMeter, MemoryCap]:
-    """Make this process a rank: process group, threads, memory baseline and cap.
+def enter_rank(spec: TrainSpec, local_rank: int) -> tuple[MemoryMeter, MemoryCap]:
+    """Make this process a rank: CPUs, process group, threads, allocator, memory baseline and cap.
 
     A process group that is there already is used; else it is made from the environment of torchrun.
     """
     import deepspeed
     import torch
 
-    torch.set_num_threads(threads)
+    _stay_near(spec.rank_cpus, local_rank)
+    torch.set_num_threads(spec.threads_per_rank)
+    if spec.expandable_segments:
+        cuda.expand_segments()
     deepspeed.init_distributed()
     # Threads that the first backward and the first collective start belong to the baseline.
     torch.ones(1, requires_grad=True).sum().backward()
     torch.distributed.barrier()
-    meter = ResidentSetMeter() if device_kind == "cpu" else AllocatorMeter()
-    cap = MemoryCap(device_kind, memory_bytes)
+    meter = ResidentSetMeter() if spec.device_kind == "cpu" else AllocatorMeter()
+    cap = MemoryCap(spec.device_kind, spec.device_memory_bytes)
     cap.enforce()
     return meter, cap
+
+
+def _stay_near(rank_cpus: Sequence[Sequence[int]], local_rank: int) -> None:
+    """Keep this process, and the threads that it will start, on the CPUs near its device.
+
+    Where none of them may be used, as on another node or under another allocation, it stays free.
+    """
+    near = set(rank_cpus[local_rank]) if local_rank < len(rank_cpus) else set()
+    if allowed := near & os.sched_getaffinity(0):
+        os.sched_setaffinity(0, allowed)
 
 
 def synchronize() -> None:
@@ -135,13 +166,10 @@ def synchronize() -> None:
 
 
 def _cap_allocator(num_bytes: int) -> None:
-    import torch
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    share = num_bytes / accelerator.total_memory()
-    # DeepSpeed's accelerator has no call for this; CUDA's is the only one that torch offers.
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), accelerator.current_device())
+    cuda.cap_allocator(num_bytes / accelerator.total_memory(), accelerator.current_device())
 
 
 def _status_bytes(field: str) -> int:

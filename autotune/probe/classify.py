@@ -1,30 +1,50 @@
 """Tells how a probe died from the evidence that it left. Pure; unknown is never out of memory."""
 
+import re
 import signal
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autotune.outcome import Crashed, Outcome, OutOfMemory, TimedOut, Unknown, Where
 
 _SIGNALS = {number.value: number.name for number in signal.Signals}
 
-_DEVICE_ERRORS = ("OutOfMemoryError",)
-_DEVICE_TEXTS = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_HOST_ERRORS = ("MemoryError",)
-_HOST_TEXTS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "cannot allocate memory",
-    "std::bad_alloc",
+_DEVICE_ERRORS = frozenset({"OutOfMemoryError"})
+_DEVICE_TEXTS = re.compile(
+    r"CUDA out of memory"
+    r"|CUDA error: out of memory"
+    r"|cudaErrorMemoryAllocation"
+    # A library's handle or workspace, which lies outside torch's allocator.
+    r"|(?:CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED"
+    # NCCL's buffers, with the number of the error or without.
+    r"|Cuda failure (?:2 )?'out of memory'"
+    r"|Failed to CUDA calloc",
+    re.IGNORECASE,
 )
+_HOST_ERRORS = frozenset({"MemoryError"})
+_HOST_TEXTS = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|cannot allocate memory|std::bad_alloc",
+    re.IGNORECASE,
+)
+_NO_MEMORY_IS_THAT_LARGE = re.compile(r"more than 1EB memory", re.IGNORECASE)
+"""A size that has been garbled, by a collective that failed for instance: torch calls it out of
+memory, and no smaller setting would have fitted."""
+
+_PINS_ON_THE_HOST = "pin_memory"
+"""Where CUDA runs out of memory in a function of this name, it is of host memory to be pinned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Death:
-    """The exception that a rank wrote down before it ended."""
+    """The exception that a rank wrote down before it ended.
+
+    Attributes:
+        raised_in: the innermost function of Python's that was at work; empty if it is not known.
+    """
 
     rank: int
     exception: str
     message: str
+    raised_in: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,18 +104,18 @@ def _classify_exit(evidence: Evidence) -> Outcome:
 
 def exhausted_memory(death: Death, device_kind: str) -> Where | None:
     """Return whose memory ran out, by the exception's type or an allocator's own words."""
+    if _NO_MEMORY_IS_THAT_LARGE.search(death.message):
+        return None
     if _says(death, _DEVICE_ERRORS, _DEVICE_TEXTS):
-        return "device"
+        return "host" if death.raised_in == _PINS_ON_THE_HOST else "device"
     if _says(death, _HOST_ERRORS, _HOST_TEXTS):
         return "device" if device_kind == "cpu" else "host"
     return None
 
 
-def _says(death: Death, errors: Sequence[str], texts: Sequence[str]) -> bool:
-    message = death.message.lower()
-    return death.exception.rpartition(".")[2] in errors or any(
-        text.lower() in message for text in texts
-    )
+def _says(death: Death, errors: frozenset[str], texts: re.Pattern[str]) -> bool:
+    kind = death.exception.rpartition(".")[2]
+    return kind in errors or texts.search(death.message) is not None
 
 
 def _words(death: Death) -> str:

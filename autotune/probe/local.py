@@ -6,11 +6,13 @@ import os
 import tempfile
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from autotune.detect.host import kernel_memory_kills
-from autotune.errors import CannotWriteError
-from autotune.outcome import Crashed, OutOfMemory
+from autotune.detect.monitor import GpuMonitor
+from autotune.errors import CannotWriteError, NoUsableDeviceError
+from autotune.outcome import Crashed, Invalid, OutOfMemory
 from autotune.probe.classify import Death, Evidence, classify
 from autotune.probe.deadlines import Deadline, Deadlines
 from autotune.probe.launch import ColdLauncher, Errand, Launcher, WarmLauncher
@@ -33,6 +35,7 @@ _POLL_S = 0.05
 _OTHERS_GRACE_S = 1.0
 _TAIL_BYTES = 2000
 _WORKING_SHARE = 0.05
+_FAULTS_BEFORE_GIVING_UP = 2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -40,7 +43,8 @@ class LocalProber:
     """Has each probe's ranks started and reads what they answer.
 
     Ranks are forked from the warm server. Where the first of them cannot use its device after the
-    fork, this probe and all later ones start cold. A given `launcher` is kept to.
+    fork, this probe and all later ones start cold. A given `launcher` is kept to. What GPUs do
+    meanwhile the `monitor` tells: where one goes wrong the probe is invalid.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class LocalProber:
         deadlines: Deadlines | None = None,
         launcher: Launcher | None = None,
         memory: DeviceMemory | None = None,
+        monitor: GpuMonitor | None = None,
         scratch_dir: Path | None = None,
     ) -> None:
         self._log_dir = log_dir
@@ -57,6 +62,8 @@ class LocalProber:
         self._launcher = launcher or WarmLauncher()
         self._fallback = None if launcher else ColdLauncher()
         self._memory = memory
+        self._monitor = monitor
+        self._faults: list[str] = []
         self._scratch_dir = scratch_dir
 
     def probe(self, request: ProbeRequest) -> Generator[RungMeasurement | RungFailure]:
@@ -64,7 +71,9 @@ class LocalProber:
 
         Raises:
             CannotWriteError: there is no room for logs or answers.
+            NoUsableDeviceError: a GPU went wrong for the second time.
         """
+        self._refuse_faulty_gpus()
         for answer in self._attempt(request):
             if isinstance(answer, RungFailure) and self._is_faulty_start(request, answer):
                 break
@@ -83,7 +92,9 @@ class LocalProber:
         if self._fallback is None or failure.phase != PHASES[0]:
             return False
         first = request.rungs[0].micro_batch_size
-        return failure.micro_batch_size == first and not isinstance(failure.outcome, OutOfMemory)
+        return failure.micro_batch_size == first and not isinstance(
+            failure.outcome, OutOfMemory | Invalid
+        )
 
     def _attempt(self, request: ProbeRequest) -> Generator[RungMeasurement | RungFailure]:
         if self._memory is not None:
@@ -92,11 +103,50 @@ class LocalProber:
         scratch_dir = self._scratch_dir or temporary_dir()
         with tempfile.TemporaryDirectory(prefix="probe-", dir=scratch_dir) as scratch:
             errand = Errand(request=request, directory=Path(scratch), logs=logs)
-            running = _RunningProbe(errand, self._launcher)
+            if self._monitor is not None:
+                self._monitor.begin()
+            running = _RunningProbe(errand, self._launcher, self._monitor)
             try:
-                yield from running.follow(self._deadlines)
+                for answer in running.follow(self._deadlines):
+                    if (fault := self._fault_instead(answer)) is not None:
+                        yield fault
+                        return
+                    yield answer
             finally:
                 running.end()
+                self._say_slowed()
+
+    def _fault_instead(self, answer: RungMeasurement | RungFailure) -> RungFailure | None:
+        """Return what the rung ended in if a GPU has gone wrong meanwhile; None if none has."""
+        faults = self._monitor.new_faults() if self._monitor is not None else ()
+        if not faults:
+            return None
+        self._faults.append("; ".join(faults))
+        _log.warning("%s: the probe says nothing of its setting", self._faults[-1])
+        return RungFailure(
+            micro_batch_size=answer.micro_batch_size,
+            outcome=Invalid(evidence=self._faults[-1]),
+            seconds=answer.seconds,
+        )
+
+    def _refuse_faulty_gpus(self) -> None:
+        """Refuse to go on where GPUs have gone wrong again.
+
+        Raises:
+            NoUsableDeviceError: with what went wrong last.
+        """
+        if len(self._faults) < _FAULTS_BEFORE_GIVING_UP:
+            return
+        msg = (
+            f"{self._faults[-1]}, for the second time in this run: leave the GPU out with"
+            " --devices, or have it looked after (nvidia-smi -q, dmesg); what is done is saved"
+        )
+        raise NoUsableDeviceError(msg)
+
+    def _say_slowed(self) -> None:
+        """Say which GPUs were held back: their times may be too long."""
+        for name, why in (self._monitor.slowed() if self._monitor is not None else {}).items():
+            _log.warning("GPU %s: %s; its times may be too long", name, " and ".join(why))
 
     def _new_logs(self, request: ProbeRequest) -> tuple[Path, ...]:
         with writing(self._log_dir):
@@ -113,8 +163,11 @@ class LocalProber:
 class _RunningProbe:
     """The ranks of a probe and how far each has come."""
 
-    def __init__(self, errand: Errand, launcher: Launcher) -> None:
+    def __init__(
+        self, errand: Errand, launcher: Launcher, monitor: GpuMonitor | None = None
+    ) -> None:
         request = errand.request
+        self._monitor = monitor
         self._request = request
         self._logs = errand.logs
         self._answers = errand.answers
@@ -134,6 +187,8 @@ class _RunningProbe:
         merged: list[RungMeasurement] = []
         while True:
             self._ranks.wait(_POLL_S)
+            if self._monitor is not None:
+                self._monitor.sample()
             # Looked at before the answers are read: what a rank wrote before it ended is then seen.
             exit_codes = self._ranks.exit_codes()
             if self._read():
@@ -195,7 +250,10 @@ class _RunningProbe:
                 self._measured[rank].append(RungMeasurement.from_json(fields))
             case {"event": "death", "exception": str(exception), "message": str(message)}:
                 _refuse_full_disk(event.get("errno"), self._logs[rank])
-                self._deaths.append(Death(rank=rank, exception=exception, message=message))
+                within = str(event.get("raised_in", ""))
+                self._deaths.append(
+                    Death(rank=rank, exception=exception, message=message, raised_in=within)
+                )
             case {"event": "done"}:
                 self._done[rank] = True
             case _:
@@ -210,10 +268,13 @@ class _RunningProbe:
             if any(measured.micro_batch_size != expected for measured in seen):
                 msg = f"a rung that is not {expected}"
                 raise ValueError(msg)  # noqa: TRY301 - the same answer as to other garbage
-            return worst_of(seen)
+            worst = worst_of(seen)
         except ValueError as error:
             self._call_garbage(0, error)
             return None
+        if self._monitor is None:
+            return worst
+        return replace(worst, device_used_bytes=self._monitor.take_peak())
 
     def _call_garbage(self, rank: int, error: Exception) -> None:
         message = f"a line of the answer file is garbage: {error}"

@@ -71,8 +71,11 @@ class RungMeasurement:
     Attributes:
         accumulate_s: (padded length, seconds of each repetition) of micro-steps without an update.
         boundary_s: the same of micro-steps with gradient synchronisation and update.
-        peak_bytes: the rung's peak of device memory.
+        peak_bytes: the rung's peak of device memory; on a GPU, what the allocator reserved.
         seconds: what the rung took to measure.
+        allocated_bytes: of that peak what was in tensors, where the device counts it.
+        device_used_bytes: what the device had in use besides what others used before, as NVML sees
+            it from outside: context and communicators are in it.
     """
 
     micro_batch_size: int
@@ -80,6 +83,8 @@ class RungMeasurement:
     boundary_s: tuple[tuple[int, tuple[float, ...]], ...]
     peak_bytes: int
     seconds: float
+    allocated_bytes: int | None = None
+    device_used_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,6 +102,7 @@ class RungMeasurement:
             boundary_s=_timings(fields["boundary_s"]),
             peak_bytes=_whole(fields["peak_bytes"]),
             seconds=_seconds(fields["seconds"]),
+            allocated_bytes=_whole_if_told(fields.get("allocated_bytes")),
         )
 
 
@@ -109,6 +115,10 @@ def _whole(value: object) -> int:
         return value
     msg = f"{value!r} is no count"
     raise ValueError(msg)
+
+
+def _whole_if_told(value: object) -> int | None:
+    return None if value is None else _whole(value)
 
 
 def _seconds(value: object) -> float:
@@ -138,6 +148,10 @@ def worst_of(measurements: list[RungMeasurement]) -> RungMeasurement:
         boundary_s=slowest.boundary_s,
         peak_bytes=max(measured.peak_bytes for measured in measurements),
         seconds=max(measured.seconds for measured in measurements),
+        allocated_bytes=max(
+            (one.allocated_bytes for one in measurements if one.allocated_bytes is not None),
+            default=None,
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from autotune.engine.device import MemoryMeter, enter_rank, open_device, synchronize
 from autotune.engine.ops import load_ops, needed_ops
+from autotune.errors import raised_in
 from autotune.probe.protocol import ProbeRequest, RungMeasurement, RungPlan, rung_phase
 from autotune.probe.settle import settled
 
@@ -66,6 +67,7 @@ def run_rank(request: ProbeRequest, rank: int, store: str | None, answer_file: s
             "death",
             exception=f"{type(error).__module__}.{type(error).__qualname__}",
             message=_first_lines(str(error)),
+            raised_in=raised_in(error),
             errno=getattr(error, "errno", None),
         )
         # Interpreter shutdown would wait for collectives that the other ranks never join.
@@ -83,15 +85,15 @@ def _climb(request: ProbeRequest, rank: int, store: str | None, answer: Answer) 
     # What a cold process imports after the baseline is read would count as memory of the model.
     from autotune.engine.trainer import build_trainer
 
-    open_device(int(os.environ["LOCAL_RANK"]))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    open_device(local_rank)
     load_ops(needed_ops(request.spec.device_kind, request.ds_config))
     answer.write("phase", phase="meet")
     if store is not None:
         _join_process_group(request, rank, store)
-    spec = request.spec
-    meter, _ = enter_rank(spec.device_kind, spec.device_memory_bytes, spec.threads_per_rank)
+    meter, _ = enter_rank(request.spec, local_rank)
     answer.write("phase", phase="build")
-    trainer = build_trainer(spec, request.ds_config, load_weights=False)
+    trainer = build_trainer(request.spec, request.ds_config, load_weights=False)
     ladder = Ladder(request, trainer, meter)
     for rung in request.rungs:
         answer.write("phase", phase=rung_phase(rung))
@@ -142,6 +144,7 @@ class Ladder:
             accumulate_s=tuple(timed[: len(rung.timed_rows)]),
             boundary_s=tuple(timed[len(rung.timed_rows) :]),
             peak_bytes=round(self._meter.peak_bytes() * (1 + self._meter.growth)),
+            allocated_bytes=self._meter.allocated_bytes(),
             seconds=time.perf_counter() - started,
         )
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from autotune.errors import raised_in
 from autotune.rundir import read_json, write_text
 
 STOPPED = "stopped"
@@ -18,6 +19,7 @@ def write_death(output_dir: Path, rank: int, error: BaseException) -> None:
         "rank": rank,
         "exception": f"{type(error).__module__}.{type(error).__qualname__}",
         "message": str(error).strip()[:_MESSAGE_CHARACTERS],
+        "raised_in": raised_in(error),
     }
     write_text(output_dir / f"death-{rank}.json", json.dumps(fields))
 

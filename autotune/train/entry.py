@@ -91,7 +91,7 @@ def train(
 ) -> bool:
     """Train to the end, then save the model with its tokenizer; returns whether it was stopped."""
     load_ops(needed_ops(spec.device_kind, ds_config))
-    meter, cap = enter_rank(spec.device_kind, spec.device_memory_bytes, spec.threads_per_rank)
+    meter, cap = enter_rank(spec, int(os.environ.get("LOCAL_RANK", "0")))
     with _alone(output_dir):
         if spec.from_scratch and (spec.lora or _stage(ds_config) == _ZERO_3):
             base = adapters_dir(spec, model_dir) if spec.lora else output_dir

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autotune.outcome import Interrupted, Measured, Outcome, OutOfMemory, Rung
+from autotune.memory import GPU_FRAGMENTATION
+from autotune.outcome import SAYS_NOTHING, Measured, Outcome, OutOfMemory, Rung
 from autotune.plan import Plan
 from autotune.setting import BY_MODEL, Structure, recomputed_share
 from autotune.space import Space
@@ -162,11 +163,12 @@ def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> 
         {row: out.spread for row, out in measured.items()},
     )
     believed = np.log(plan.tokens_per_s) + faster
-    larger, larger_sd = _memory(plan, tried)
+    estimate = _device_bytes(plan, measured)
+    larger, larger_sd = _memory(plan, tried, estimate)
     possible = _possible(plan, tried)
     for row in too_large:
         possible &= ~_needs_as_much(plan, row)
-    needs = np.exp(larger) * plan.memory.device_bytes
+    needs = np.exp(larger) * estimate
     return Beliefs(
         log_tokens_per_s=believed,
         log_sd=sd,
@@ -183,7 +185,7 @@ def _outcomes(plan: Plan, rungs: Sequence[Rung]) -> dict[int, Outcome]:
     tried: dict[int, list[Outcome]] = {}
     for rung in rungs:
         row = plan.row_of(rung.setting)
-        if row is not None and not isinstance(rung.outcome, Interrupted):
+        if row is not None and not isinstance(rung.outcome, SAYS_NOTHING):
             tried.setdefault(row, []).append(rung.outcome)
     return {row: in_one(outcomes) for row, outcomes in tried.items()}
 
@@ -196,19 +198,53 @@ def in_one(outcomes: Sequence[Outcome]) -> Outcome:
     if not measured:
         return outcomes[-1]
     middle = measured[(len(measured) - 1) // 2]
-    return replace(middle, peak_bytes=max(one.peak_bytes for one in measured))
+    fullest = max(measured, key=lambda one: one.peak_bytes)
+    return replace(middle, peak_bytes=fullest.peak_bytes, allocated_bytes=fullest.allocated_bytes)
 
 
-def _memory(plan: Plan, tried: Mapping[int, Outcome]) -> tuple[Floats, Floats]:
+def _device_bytes(plan: Plan, measured: Mapping[int, Measured]) -> Floats:
+    """Return the estimates, with the fragmentation that was measured in place of the assumed one.
+
+    An allocator that grows its segments fragments otherwise, so the two kinds are learned apart.
+    """
+    estimate = plan.memory.device_bytes
+    expands = np.asarray(plan.space.column("expandable_segments"), dtype=bool)
+    for kind in (False, True):
+        shares = [
+            share
+            for row, out in measured.items()
+            if expands[row] == kind and (share := fragmentation(plan, row, out)) is not None
+        ]
+        if shares:
+            more = statistics.median(shares) - GPU_FRAGMENTATION
+            estimate = np.where(
+                expands == kind, estimate + more * plan.memory.fleeting_bytes, estimate
+            )
+    return estimate
+
+
+def fragmentation(plan: Plan, row: int, measured: Measured) -> float | None:
+    """Return what the allocator reserved beyond tensors, as a share of what comes and goes.
+
+    None where the device does not count tensors.
+    """
+    if measured.allocated_bytes is None:
+        return None
+    beyond = max(0, measured.peak_bytes - measured.allocated_bytes)
+    return min(1.0, beyond / float(plan.memory.fleeting_bytes[row]))
+
+
+def _memory(plan: Plan, tried: Mapping[int, Outcome], estimate: Floats) -> tuple[Floats, Floats]:
     """Return by how much every setting is believed to need more of a device than estimated.
 
     In logarithms, with the standard deviation. An out-of-memory says that more was needed than is
-    there; it counts where less was believed. A peak leaves out what a GPU's context takes, so a
-    correction may be too low by that share: a setting too many is tried then, and none too few.
+    there; it counts where less was believed. What the device had in use counts, where it was
+    watched; the allocator's own peak leaves out what a GPU's context takes, so that a correction
+    may be too low by that share: a setting too many is tried then, and none too few.
     """
-    estimate, kinship = plan.memory.device_bytes, Kinship(plan.space, _MEMORY)
+    kinship = Kinship(plan.space, _MEMORY)
     peaks = {
-        row: math.log(out.peak_bytes / estimate[row])
+        row: math.log((out.device_used_bytes or out.peak_bytes) / estimate[row])
         for row, out in tried.items()
         if isinstance(out, Measured) and out.peak_bytes
     }
@@ -361,7 +397,7 @@ def _savings(space: Space) -> Iterator[NDArray[Any]]:
         values = space.column(size)
         yield -np.where(values == BY_MODEL, np.inf, values)
     # Of which value of these saves memory nothing is known, so that they have to be the same.
-    for other in ("sampling", "attention", "loss"):
+    for other in ("sampling", "attention", "loss", "expandable_segments"):
         values = _codes(space, other)[space.structure_index]
         yield values
         yield -values

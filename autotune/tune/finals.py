@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autotune.outcome import Interrupted, Measured, Rung
+from autotune.outcome import SAYS_NOTHING, Measured, Rung
 from autotune.setting import Setting
 from autotune.tune.beliefs import in_one
 
@@ -126,7 +126,7 @@ def _again(rungs: Sequence[Rung], setting: Setting) -> tuple[float | None, ...]:
     return tuple(
         math.log(outcome.tokens_per_s) if isinstance(outcome, Measured) else None
         for outcome in outcomes
-        if not isinstance(outcome, Interrupted)
+        if not isinstance(outcome, SAYS_NOTHING)
     )
 
 

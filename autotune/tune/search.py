@@ -15,7 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.errors import ConfigError
-from autotune.outcome import Interrupted, Measured, Rung
+from autotune.outcome import SAYS_NOTHING, Measured, Rung
 from autotune.plan import Plan
 from autotune.setting import RANDOM, Setting, Structure
 from autotune.tune.beliefs import in_one, update
@@ -189,7 +189,7 @@ class Search:
     def _cut_short(self) -> Structure | None:
         """Return the last structure, if a probe of it would not have ended where it did."""
         searched = [rung for rung in self.rungs if rung.purpose == "search" and not rung.cached]
-        if not searched or not isinstance(searched[-1].outcome, Measured | Interrupted):
+        if not searched or not isinstance(searched[-1].outcome, (Measured, *SAYS_NOTHING)):
             return None
         last = searched[-1].setting.structure
         return last if self.should_go_on(last) else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autotune.emit import BETWEEN_STEPS_NOTHING, ds_config, train_spec
+from autotune.emit import BETWEEN_STEPS_NOTHING, ds_config, train_spec, without_overflow
 from autotune.hardware import Cluster
 from autotune.outcome import Measured
 from autotune.probe.plan import RungPlanner
@@ -63,7 +63,7 @@ class JobSite:
             ranks=self.cluster.num_devices,
             # A probe steps by itself, so what the Trainer would do between steps is left out.
             spec=replace(spec, trainer=spec.trainer | BETWEEN_STEPS_NOTHING),
-            ds_config=ds_config(self.job, first, self.profile, self.cluster),
+            ds_config=without_overflow(ds_config(self.job, first, self.profile, self.cluster)),
             total_steps=self.total_steps,
             rungs=tuple(map(self._rung, ladder)),
         )
@@ -120,6 +120,8 @@ class JobSite:
             boundary_extra_s=max(0.0, boundary_extra_s),
             spread=max(_relative_deviation(times) for _, times in measured.accumulate_s),
             peak_bytes=measured.peak_bytes,
+            allocated_bytes=measured.allocated_bytes,
+            device_used_bytes=measured.device_used_bytes,
         )
 
 
