@@ -69,7 +69,10 @@ ATTENTION = "sdpa"
 _BF16_CAPABILITY = (8, 0)
 
 
-_OF_NO_MATTER = ("model", "dataset", "run_dir", "ds_config", "no_cache", "strict_handoff")
+_OF_NO_MATTER = (
+    *("model", "dataset", "run_dir", "ds_config", "no_cache", "strict_handoff"),
+    *("storage", "on_event"),
+)
 """Options that do not make another run of it; model, data and config count by their content."""
 
 
@@ -264,17 +267,18 @@ def look_into(
     imagined: ImaginedRows = ImaginedRows(),
     attention: str = "auto",
     checkpointing: tuple[str, ...] = CHECKPOINTING_MODES,
+    watch: "Watch | None" = None,
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
 
     Of the checkpointing modes those are tried that the model has; pins of the question go before
-    what is said here.
+    what is said here. `watch` is told how far tokenising has come.
 
     Raises:
         UsageError: rows are asked for that are longer than the model takes.
     """
     model = _look_at_model(question, attention, checkpointing, logs)
-    data = _look_at_data(question, model, dataset_dir, imagined)
+    data = _look_at_data(question, model, dataset_dir, imagined, watch)
     return _workload(question, model, data, logs)
 
 
@@ -367,7 +371,11 @@ class _Data:
 
 
 def _look_at_data(
-    question: Question, model: _Model, dataset_dir: Path, imagined: ImaginedRows
+    question: Question,
+    model: _Model,
+    dataset_dir: Path,
+    imagined: ImaginedRows,
+    watch: "Watch | None" = None,
 ) -> _Data:
     options, source = question.options, question.source
     job, profile, limit = model.job, model.profile, model.job.max_seq_length
@@ -388,6 +396,7 @@ def _look_at_data(
         vocab_size=profile.vocab_size,
         rules=rules,
         cache=cache_dir() / "datasets",
+        watch=watch,
     )
     lengths = Rows.open(dataset_dir).lengths
     _log.info(describe_dataset(dataset))

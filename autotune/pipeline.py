@@ -4,16 +4,20 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
 from autotune import __version__
+from autotune.chronicle import Chronicle
 from autotune.config import AUTO, Options
+from autotune.dataset.preparing import log_progress
 from autotune.detect.nvidia import used_bytes
 from autotune.documents import emission, plan_document, tuning_figures
 from autotune.emit import ds_config, launch_script
@@ -26,6 +30,7 @@ from autotune.errors import (
     NothingFitsError,
     UsageError,
 )
+from autotune.events import IN_VIEW, EventLog, Events, Listener, hooks
 from autotune.handoff import Handoff, require_trainable
 from autotune.hardware import Cluster
 from autotune.intake import (
@@ -37,17 +42,23 @@ from autotune.intake import (
     start_processes,
     total_steps,
 )
-from autotune.outcome import Measured, Rung
+from autotune.outcome import Rung
 from autotune.outcome_cache import OutcomeCache
 from autotune.plan import Plan
 from autotune.probe.local import LocalProber
 from autotune.probe.tenants import DeviceMemory
 from autotune.rundir import RunDir, read_json, write_json, write_text
-from autotune.setting import Setting, Structure
+from autotune.setting import Setting
+from autotune.status import StatusFile
 from autotune.tune.loop import Tuned, Tuner, write_study
+from autotune.tune.others import Nobody, Others
 from autotune.tune.site import JobSite
 from autotune.units import format_bytes, format_duration
 from autotune.virtual_judge import VirtualJudge
+
+if TYPE_CHECKING:
+    from autotune.dataset.preparing import Progress
+    from autotune.tune.shared_study import Storage
 
 _log = logging.getLogger(__name__)
 
@@ -67,14 +78,23 @@ def choose_run_dir(question: Question) -> RunDir:
 
 
 class Run:
-    """One run in its directory: from the question to the result, resumed where it was left."""
+    """One run in its directory: from the question to the result, resumed where it was left.
 
-    def __init__(self, question: Question, run_dir: RunDir) -> None:
+    Args:
+        question: what is asked.
+        run_dir: where everything about it goes.
+        listeners: who is told of events, besides the files and hooks that every run has.
+    """
+
+    def __init__(
+        self, question: Question, run_dir: RunDir, listeners: Sequence[Listener] = ()
+    ) -> None:
         self.question = question
         self.dir = run_dir
         self._figures: dict[str, Any] = {}
-        self._structures: set[Structure] = set()
-        self._status: dict[str, Any] = {"schema": 1, "pid": os.getpid(), "best": None, "probes": 0}
+        self._events = Events(listeners)
+        self._chronicle = Chronicle(self._events)
+        self._storage: Storage | None = None
 
     def finished(self, *, with_training: bool) -> dict[str, Any] | None:
         """Return the result of an earlier run of the same question, if it got as far."""
@@ -99,16 +119,38 @@ class Run:
             if (done := self.finished(with_training=with_training)) is not None:
                 return done
             self._refuse_foreign()
-            try:
-                return self._stages(with_training=with_training)
-            except (AutotuneError, InterruptedRunError) as error:
-                self._write_result(
-                    {"exit_reason": type(error).__name__, "exit_code": error.exit_code}
-                    | {"message": str(error)}
-                    | self._figures
-                )
-                self._enter("stopped")
-                raise
+            with self._told():
+                return self._to_the_end(with_training=with_training)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Have files and hooks told of events for the length of a block."""
+        about = {"run_dir": str(self.dir.root), "host": os.uname().nodename}
+        targets = self.question.options["on_event"] or ()
+        with StatusFile(self.dir.status) as status, hooks(targets, about, self._events):
+            self._events.listen(EventLog(self.dir.events))
+            self._events.listen(status)
+            yield
+
+    def _to_the_end(self, *, with_training: bool) -> dict[str, Any]:
+        command = "run" if with_training else "tune"
+        self._chronicle.started(command, self.question.fingerprint, str(self.dir.root))
+        try:
+            result = self._stages(with_training=with_training)
+        except (AutotuneError, InterruptedRunError) as error:
+            reason = type(error).__name__
+            self._write_result(
+                {"exit_reason": reason, "exit_code": error.exit_code}
+                | {"message": str(error)}
+                | self._figures
+            )
+            self._chronicle.ended(reason, error.exit_code, str(error))
+            raise
+        except Exception as error:
+            self._chronicle.ended(type(error).__name__, 1, str(error))
+            raise
+        self._chronicle.ended(result["exit_reason"], 0, None)
+        return result
 
     def _refuse_foreign(self) -> None:
         before = read_json(self.dir.run)
@@ -123,8 +165,7 @@ class Run:
         # What was emitted stays as it is: checkpoints of a training fit only the setting it began
         # with, and more tuning could find another.
         known = self.dir.read_rungs()
-        for rung in known:
-            self._count(rung)
+        self._chronicle.known(known)
         self._figures = self._figures_before() or self._tune_and_emit(
             known, with_training=with_training
         )
@@ -135,7 +176,6 @@ class Run:
             result = self._write_result(
                 {"exit_reason": "trained", "exit_code": 0} | self._figures | trained
             )
-        self._enter("done")
         return result
 
     def _figures_before(self) -> dict[str, Any]:
@@ -147,27 +187,69 @@ class Run:
 
     def _tune_and_emit(self, known: list[Rung], *, with_training: bool) -> dict[str, Any]:
         self._enter("detect")
-        write_json(self.dir.run, self._run_json())
+        job = self._job()
+        write_json(self.dir.run, self._run_json(job))
+        if (address := self.question.options["storage"]) is not None:
+            from autotune.tune.shared_study import open_storage
+
+            # What cannot be reached is told before minutes are spent.
+            self._storage = open_storage(address)
         start_processes(self.question)
         require_working(self.question, self.dir.logs / "optimizer.log")
         self._enter("profile")
-        workload = look_into(self.question, dataset_dir=self.dir.dataset, logs=self.dir.logs)
+        workload = look_into(
+            self.question,
+            dataset_dir=self.dir.dataset,
+            logs=self.dir.logs,
+            watch=self._watch_data,
+        )
         self._write_workload(workload)
+        self._chronicle.planned(workload)
         require_trainable(workload, self.dir, with_training=with_training)
         self._enter("tune")
         started = time.monotonic()
-        tuned = self._tune(workload, known)
+        with self._others(workload, known, job) as others:
+            tuned = self._tune(workload, known, others)
         before_s = sum(rung.seconds for rung in known if not rung.cached)
         tuning_s = before_s + time.monotonic() - started
         self._enter("emit")
         best = require_best(workload.plan, tuned)
         self._emit(workload, best.setting, tuned)
-        return tuning_figures(workload, tuned, best, tuning_s)
+        figures = tuning_figures(workload, tuned, best, tuning_s)
+        self._chronicle.chosen(figures)
+        return figures
 
-    def _run_json(self) -> dict[str, Any]:
+    def _watch_data(self, progress: "Progress") -> None:
+        log_progress(progress)
+        self._chronicle.data(progress)
+
+    def _job(self) -> str:
+        """Return this job's name in a shared study, which it keeps when it is resumed."""
+        before = read_json(self.dir.run) or {}
+        same = before.get("fingerprint") == self.question.fingerprint
+        return str(before.get("job") or uuid4().hex) if same else uuid4().hex
+
+    @contextmanager
+    def _others(self, workload: Workload, known: list[Rung], job: str) -> Iterator[Others]:
+        """Give the jobs that share what they measure with this one; none without --storage."""
+        if self._storage is None:
+            yield Nobody()
+            return
+        from autotune.tune.shared_study import SharedStudy
+
+        name = f"autotune-{OutcomeCache.of(workload).kind_of_job}"
+        study = SharedStudy(self._storage, name, job, workload.plan, known)
+        _log.info("sharing the study %s", name)
+        try:
+            yield study
+        finally:
+            study.close()
+
+    def _run_json(self, job: str) -> dict[str, Any]:
         return {
             "schema": 1,
             "fingerprint": self.question.fingerprint,
+            "job": job,
             "options": self._recorded_options(),
             "versions": versions() | {"autotune": __version__},
         }
@@ -180,6 +262,10 @@ class Run:
             if value is not None and Path(value).exists():
                 options[name]["value"] = str(Path(value).absolute())
         options["dataset"]["value"] = [source.absolute() for source in self.question.dataset]
+        if options["storage"]["value"] is not None:
+            from autotune.tune.shared_study import without_password
+
+            options["storage"]["value"] = without_password(options["storage"]["value"])
         return options
 
     def _write_workload(self, workload: Workload) -> None:
@@ -192,7 +278,7 @@ class Run:
             write_json(self.dir.dataset_profile, {"schema": 1, **asdict(workload.dataset)})
         write_json(self.dir.plan, plan_document(workload))
 
-    def _tune(self, workload: Workload, known: list[Rung]) -> Tuned:
+    def _tune(self, workload: Workload, known: list[Rung], others: Others) -> Tuned:
         from autotune.profile.child import build_ops
 
         plan, cluster = workload.plan, self.question.cluster
@@ -200,7 +286,12 @@ class Run:
         assert steps is not None, "a run has a dataset"
         require_any_kept(plan)
         _log.info("building DeepSpeed's ops (once an environment)")
-        build_ops(_ops(workload), self.dir.logs / "ops.log")
+        ops = _ops(workload)
+        build_ops(
+            ops,
+            self.dir.logs / "ops.log",
+            lambda built, name: self._chronicle.ops(built, len(ops), name),
+        )
         site = JobSite(
             job=workload.job,
             cluster=cluster,
@@ -213,16 +304,22 @@ class Run:
         )
         options = self.question.options
         cache = OutcomeCache.of(workload)
-        if not known and not options["no_cache"]:
+        if not known and not options["no_cache"] and not others.are_there:
             known = self._taken_over(cache.read(workload))
         budget = options["tune_budget"]
         tuner = Tuner(
             plan,
-            LocalProber(self.dir.logs, memory=_device_memory(cluster)),
+            LocalProber(
+                self.dir.logs,
+                memory=_device_memory(cluster),
+                watch=self._chronicle.phase_of_probe,
+            ),
             site,
             known,
             record=self._record,
             judge=VirtualJudge(workload, self.dir.logs),
+            others=others,
+            watch=self._chronicle,
             parameters=workload.profile.parameters,
             steps=steps,
             thrifty=budget == AUTO,
@@ -251,22 +348,7 @@ class Run:
 
     def _record(self, rung: Rung) -> None:
         self.dir.append_rung(rung)
-        self._count(rung)
-        self._beat()
-
-    def _count(self, rung: Rung) -> None:
-        outcome = rung.outcome
-        if not rung.cached:
-            self._structures.add(rung.setting.structure)
-        self._status["probes"] = len(self._structures)
-        best = self._status["best"]
-        if isinstance(outcome, Measured) and (
-            best is None or outcome.tokens_per_s > best["tokens_per_s"]
-        ):
-            self._status["best"] = {
-                "setting": rung.setting.to_json(),
-                "tokens_per_s": outcome.tokens_per_s,
-            }
+        self._chronicle.rung(rung)
 
     def _emit(self, workload: Workload, setting: Setting, tuned: Tuned) -> None:
         cluster = self.question.cluster
@@ -295,6 +377,7 @@ class Run:
             self.question.cluster,
             strict=self.question.options["strict_handoff"],
             progress=self._training_progress,
+            tell=self._events.tell,
         )
         try:
             return handoff.train()
@@ -310,17 +393,12 @@ class Run:
             line["tokens_per_s"],
             format_bytes(line["peak_bytes"]),
             format_duration(line["left_s"]),
+            extra=IN_VIEW,
         )
-        self._status["training"] = line
-        self._beat()
+        self._chronicle.tell("step", **line)
 
     def _enter(self, phase: str) -> None:
-        self._status["phase"] = phase
-        self._beat()
-
-    def _beat(self) -> None:
-        self._status["heartbeat"] = _now()
-        write_json(self.dir.status, self._status)
+        self._chronicle.tell("phase", phase=phase)
 
     def _write_result(self, fields: dict[str, Any]) -> dict[str, Any]:
         result = {
@@ -393,7 +471,11 @@ def require_best(plan: Plan, tuned: Tuned) -> Rung:
     raise NothingFitsError(msg)
 
 
-def reopen(run_dir: RunDir, options_of: Callable[[dict[str, Any]], Options]) -> Run:
+def reopen(
+    run_dir: RunDir,
+    options_of: Callable[[dict[str, Any]], Options],
+    listeners: Sequence[Listener] = (),
+) -> Run:
     """Take up a run by its directory, with the options that it was started with.
 
     Raises:
@@ -408,4 +490,4 @@ def reopen(run_dir: RunDir, options_of: Callable[[dict[str, Any]], Options]) -> 
     if question.fingerprint != recorded["fingerprint"]:
         msg = f"model, data, devices or versions of {run_dir.root} have changed since it was tuned"
         raise UsageError(msg)
-    return Run(replace(question, fingerprint=recorded["fingerprint"]), run_dir)
+    return Run(replace(question, fingerprint=recorded["fingerprint"]), run_dir, listeners)

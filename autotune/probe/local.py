@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from autotune.detect.host import kernel_memory_kills
@@ -40,7 +40,8 @@ class LocalProber:
     """Has each probe's ranks started and reads what they answer.
 
     Ranks are forked from the warm server. Where the first of them cannot use its device after the
-    fork, this probe and all later ones start cold. A given `launcher` is kept to.
+    fork, this probe and all later ones start cold. A given `launcher` is kept to. `watch` is told
+    of each phase that all ranks of a probe have reached.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LocalProber:
         launcher: Launcher | None = None,
         memory: DeviceMemory | None = None,
         scratch_dir: Path | None = None,
+        watch: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._log_dir = log_dir
         self._deadlines = deadlines or Deadlines()
@@ -58,6 +60,7 @@ class LocalProber:
         self._fallback = None if launcher else ColdLauncher()
         self._memory = memory
         self._scratch_dir = scratch_dir
+        self._watch = watch
 
     def probe(self, request: ProbeRequest) -> Generator[RungMeasurement | RungFailure]:
         """Yield each rung as it is measured; a failure, if there is one, comes last.
@@ -94,7 +97,7 @@ class LocalProber:
             errand = Errand(request=request, directory=Path(scratch), logs=logs)
             running = _RunningProbe(errand, self._launcher)
             try:
-                yield from running.follow(self._deadlines)
+                yield from running.follow(self._deadlines, self._watch)
             finally:
                 running.end()
 
@@ -128,7 +131,9 @@ class _RunningProbe:
         self._kills_before = kernel_memory_kills()
         self._ranks = launcher.start(errand)
 
-    def follow(self, deadlines: Deadlines) -> Iterator[RungMeasurement | RungFailure]:
+    def follow(
+        self, deadlines: Deadlines, watch: Callable[[str], None]
+    ) -> Iterator[RungMeasurement | RungFailure]:
         started = last_sign = entered = time.monotonic()
         phase = self._phase()
         merged: list[RungMeasurement] = []
@@ -150,6 +155,7 @@ class _RunningProbe:
             now = time.monotonic()
             if self._phase() != phase:
                 phase, entered = self._phase(), now
+                watch(phase)
             place = len(merged)
             deadline = deadlines.of(
                 phase, self._request.rungs[place], merged[-1] if merged else None
