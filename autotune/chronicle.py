@@ -9,12 +9,12 @@ from autotune.config import AUTO
 from autotune.events import Events, tell_progress
 from autotune.intake import Workload
 from autotune.outcome import Measured, Purpose, Rung
-from autotune.plan import Plan
 from autotune.setting import Setting, Structure
 from autotune.tune.search import default_setting
 
 if TYPE_CHECKING:
     from autotune.dataset.preparing import Progress
+    from autotune.plan import Plan
 
 
 class Chronicle:

@@ -80,7 +80,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "the DeepSpeed config is written",
             ("setting", "tokens_per_s", "gain_over_default", "stopped_by"),
         ),
-        "step": Kind("an optimizer step of the training", ("step", "max_steps"), is_news=False),
+        "step": Kind(
+            "an optimizer step of the training, with all that metrics.jsonl has of it",
+            ("step", "max_steps", "loss", "tokens_per_s", "peak_bytes", "left_s"),
+            is_news=False,
+        ),
         "checkpoint": Kind("a checkpoint is complete", ("step", "seconds")),
         "recovery": Kind(
             "the training ended early and goes on, perhaps with a lighter setting",
@@ -146,7 +150,7 @@ def _name_of(listener: Listener) -> str:
     return type(getattr(listener, "__self__", listener)).__name__
 
 
-def tell_progress(  # noqa: PLR0913 - by keyword
+def tell_progress(
     tell: Tell,
     what: str,
     done: float,

@@ -78,21 +78,13 @@ def choose_run_dir(question: Question) -> RunDir:
 
 
 class Run:
-    """One run in its directory: from the question to the result, resumed where it was left.
+    """One run in its directory: from the question to the result, resumed where it was left."""
 
-    Args:
-        question: what is asked.
-        run_dir: where everything about it goes.
-        listeners: who is told of events, besides the files and hooks that every run has.
-    """
-
-    def __init__(
-        self, question: Question, run_dir: RunDir, listeners: Sequence[Listener] = ()
-    ) -> None:
+    def __init__(self, question: Question, run_dir: RunDir) -> None:
         self.question = question
         self.dir = run_dir
         self._figures: dict[str, Any] = {}
-        self._events = Events(listeners)
+        self._events = Events()
         self._chronicle = Chronicle(self._events)
         self._storage: Storage | None = None
 
@@ -107,8 +99,10 @@ class Run:
         result = read_json(self.dir.result) or {}
         return dict(result) if result.get("fingerprint") == self.question.fingerprint else {}
 
-    def execute(self, *, with_training: bool) -> dict[str, Any]:
+    def execute(self, *, with_training: bool, listeners: Sequence[Listener] = ()) -> dict[str, Any]:
         """Go through every stage that is not done yet; returns the content of result.json.
+
+        Listeners are told of events, as are the files and hooks that every run has.
 
         Raises:
             AutotuneError: a stage failed; result.json says why.
@@ -119,17 +113,17 @@ class Run:
             if (done := self.finished(with_training=with_training)) is not None:
                 return done
             self._refuse_foreign()
-            with self._told():
+            with self._told(listeners):
                 return self._to_the_end(with_training=with_training)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Have files and hooks told of events for the length of a block."""
+    def _told(self, listeners: Sequence[Listener]) -> Iterator[None]:
+        """Have listeners, files and hooks told of events for the length of a block."""
         about = {"run_dir": str(self.dir.root), "host": os.uname().nodename}
         targets = self.question.options["on_event"] or ()
         with StatusFile(self.dir.status) as status, hooks(targets, about, self._events):
-            self._events.listen(EventLog(self.dir.events))
-            self._events.listen(status)
+            for listener in (EventLog(self.dir.events), status, *listeners):
+                self._events.listen(listener)
             yield
 
     def _to_the_end(self, *, with_training: bool) -> dict[str, Any]:
@@ -471,11 +465,7 @@ def require_best(plan: Plan, tuned: Tuned) -> Rung:
     raise NothingFitsError(msg)
 
 
-def reopen(
-    run_dir: RunDir,
-    options_of: Callable[[dict[str, Any]], Options],
-    listeners: Sequence[Listener] = (),
-) -> Run:
+def reopen(run_dir: RunDir, options_of: Callable[[dict[str, Any]], Options]) -> Run:
     """Take up a run by its directory, with the options that it was started with.
 
     Raises:
@@ -490,4 +480,4 @@ def reopen(
     if question.fingerprint != recorded["fingerprint"]:
         msg = f"model, data, devices or versions of {run_dir.root} have changed since it was tuned"
         raise UsageError(msg)
-    return Run(replace(question, fingerprint=recorded["fingerprint"]), run_dir, listeners)
+    return Run(replace(question, fingerprint=recorded["fingerprint"]), run_dir)

@@ -31,9 +31,19 @@ LAYERS = (
         "recovery",
         "verify",
     ),
-    ("rundir", "environment", "processes", "session", "model_source", "builtin", "chatglm3"),
+    (
+        "lease",
+        "rundir",
+        "environment",
+        "processes",
+        "session",
+        "model_source",
+        "builtin",
+        "chatglm3",
+    ),
+    ("events", "status"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
-    ("intake", "documents", "handoff", "virtual_judge", "outcome_cache"),
+    ("intake", "documents", "handoff", "virtual_judge", "outcome_cache", "chronicle"),
     ("pipeline", "rehearse"),
     ("cli",),
 )
@@ -55,6 +65,8 @@ BESIDE = {
     "user_config": {"config"},
     "model_source": {"builtin", "chatglm3", "environment", "rundir"},
     "chatglm3": {"rundir"},
+    "rundir": {"lease"},
+    "status": {"events"},
     "processes": {"session"},
     "engine": {"dataset"},
     "profile": {"engine"},
@@ -65,6 +77,7 @@ BESIDE = {
     "handoff": {"intake"},
     "virtual_judge": {"intake"},
     "outcome_cache": {"intake"},
+    "chronicle": {"intake"},
     "rehearse": {"pipeline"},
 }
 """What a part may import from its own layer."""
@@ -72,7 +85,7 @@ BESIDE = {
 ENGINE_ROOMS = (
     *("engine", "profile", "probe.worker"),
     *("train.entry", "train.adapters", "train.metrics", "train.state", "train.eight_bit"),
-    *("train.stopping", "train.trainer"),
+    *("train.progress", "train.stopping", "train.trainer"),
 )
 HOMES = {
     "torch": ENGINE_ROOMS,
@@ -83,11 +96,12 @@ HOMES = {
     "bitsandbytes": ENGINE_ROOMS,
     "pynvml": ("detect",),
     "optuna": ("tune",),
+    "sqlalchemy": ("tune",),
     "click": ("cli",),
 }
 """Libraries that are imported only in these parts, at the top of a module or inside a function."""
 
-HEAVY = ("torch", "transformers", "deepspeed", "bitsandbytes", "optuna")
+HEAVY = ("torch", "transformers", "deepspeed", "bitsandbytes", "optuna", "sqlalchemy")
 
 
 def _name_of(path: Path) -> str:

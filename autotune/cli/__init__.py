@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "Find the fastest setting that fits, and train with it.",
     "tune": "Find the fastest setting that fits, without training.",
     "train": "Train with the setting that was found; goes on from the last checkpoint.",
+    "status": "Show where a run is, or watch it until it ends.",
     "plan": "Show which settings fit and how fast they may be, without probing.",
     "estimate": "Estimate memory and speed of one setting.",
     "rehearse": "Show how a search would go on hardware that need not be there.",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 PROGRESS = "progress.jsonl"
 MODEL, CHECKPOINT = "model", "checkpoint"
@@ -72,7 +72,7 @@ class _Bar:
             self._told_s = now
             self._tell(number, total)
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> Self:
         self._bar.__enter__()
         return self
 

@@ -8,6 +8,7 @@ own clock.
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -196,12 +197,14 @@ class SharedStudy:
         job: this job's own name, the same when it is resumed.
         plan: what this job would probe.
         known: outcomes that this job has; its own are told where they are not known.
+        beat_s, stale_s: how often a job shows that it lives, and how long one that does not is
+            waited for; the same for all.
         clock, sleep: of this host.
     """
 
     are_there = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword
         self,
         storage: Storage,
         name: str,
@@ -209,9 +212,13 @@ class SharedStudy:
         plan: Plan,
         known: Sequence[Rung],
         *,
+        beat_s: float = _BEAT_S,
+        stale_s: float = _STALE_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._beat_s = beat_s
+        self._stale_s = stale_s
         self._storage = storage
         self._job = job
         self._plan = plan
@@ -221,7 +228,7 @@ class SharedStudy:
         self._heard: set[int] = set()
         self._at_work: frozenset[Structure] = frozenset()
         self._beats: dict[int, tuple[int, float]] = {}
-        self._away_at = -_STALE_S
+        self._away_at = -math.inf
         self._is_alone = False
         self._claim: _Claim | None = None
         self._unsaid: list[_Claim] = []
@@ -325,7 +332,7 @@ class SharedStudy:
         number = trial.number
         if self._beats.get(number, (None, 0.0))[0] != beat:
             self._beats[number] = (beat, now)
-        return now - max(self._beats[number][1], self._away_at) > _STALE_S
+        return now - max(self._beats[number][1], self._away_at) > self._stale_s
 
     def _end_stale(self, trial: FrozenTrial) -> None:
         if trial.state == TrialState.RUNNING:
@@ -411,7 +418,7 @@ class SharedStudy:
     def _beat(self) -> None:
         """Show that this job lives, and notice when the database is away, also in long probes."""
         count = 0
-        while not self._over.wait(_BEAT_S):
+        while not self._over.wait(self._beat_s):
             claim = self._claim
             if claim is None or claim.trial_id is None:
                 continue
