@@ -69,6 +69,9 @@ class Chronicle:
             max_probes=options["max_probes"],
             budget_s=None if budget == AUTO else budget,
         )
+        if self._best is not None:
+            # Of what was known before, the gain is known only now.
+            self.tell("best", **self._best_so_far() or {})
 
     def data(self, progress: "Progress") -> None:
         tell_progress(

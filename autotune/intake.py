@@ -406,10 +406,23 @@ def _look_at_data(
 
 
 def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Workload:
-    cluster, named = question.cluster, question.named
-    job, profile = model.job, model.profile
+    cluster, named, job = question.cluster, question.named, model.job
     rates = _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
     drawn = DrawnRows.draw(data.lengths, job.seed, _rebalanced(question, job, data.lengths, logs))
+    return _planned(question, model, data, rates, drawn)
+
+
+def replanned(workload: Workload, rates: Rates) -> Workload:
+    """Return a workload as it is planned with these rates."""
+    model = _Model(job=workload.job, profile=workload.profile)
+    data = _Data(profile=workload.dataset, lengths=workload.lengths, rows=workload.rows)
+    return _planned(workload.question, model, data, rates, workload.drawn)
+
+
+def _planned(
+    question: Question, model: _Model, data: _Data, rates: Rates, drawn: DrawnRows
+) -> Workload:
+    cluster, job, profile = question.cluster, model.job, model.profile
     space = enumerate_space(
         cluster,
         job.global_batch_size,

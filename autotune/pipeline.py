@@ -32,12 +32,13 @@ from autotune.errors import (
 )
 from autotune.events import IN_VIEW, EventLog, Events, Listener, hooks
 from autotune.handoff import Handoff, require_trainable
-from autotune.hardware import Cluster
+from autotune.hardware import Cluster, Rates
 from autotune.intake import (
     Question,
     Workload,
     ask,
     look_into,
+    replanned,
     require_working,
     start_processes,
     total_steps,
@@ -58,7 +59,7 @@ from autotune.virtual_judge import VirtualJudge
 
 if TYPE_CHECKING:
     from autotune.dataset.preparing import Progress
-    from autotune.tune.shared_study import Storage
+    from autotune.tune.shared_study import Storage, StudyDatabase
 
 _log = logging.getLogger(__name__)
 
@@ -197,12 +198,17 @@ class Run:
             logs=self.dir.logs,
             watch=self._watch_data,
         )
+        database = self._database(workload)
+        if database is not None:
+            # What is planned follows from rates that each node measures a little different.
+            rates = database.agree("rates", asdict(workload.rates))
+            workload = replanned(workload, Rates(**rates))
         self._write_workload(workload)
         self._chronicle.planned(workload)
         require_trainable(workload, self.dir, with_training=with_training)
         self._enter("tune")
         started = time.monotonic()
-        with self._others(workload, known, job) as others:
+        with _others(database, job, workload.plan, known) as others:
             tuned = self._tune(workload, known, others)
         before_s = sum(rung.seconds for rung in known if not rung.cached)
         tuning_s = before_s + time.monotonic() - started
@@ -223,21 +229,15 @@ class Run:
         same = before.get("fingerprint") == self.question.fingerprint
         return str(before.get("job") or uuid4().hex) if same else uuid4().hex
 
-    @contextmanager
-    def _others(self, workload: Workload, known: list[Rung], job: str) -> Iterator[Others]:
-        """Give the jobs that share what they measure with this one; none without --storage."""
+    def _database(self, workload: Workload) -> "StudyDatabase | None":
+        """Return the study of jobs like this one; None without --storage."""
         if self._storage is None:
-            yield Nobody()
-            return
-        from autotune.tune.shared_study import SharedStudy
+            return None
+        from autotune.tune.shared_study import StudyDatabase
 
         name = f"autotune-{OutcomeCache.of(workload).kind_of_job}"
-        study = SharedStudy(self._storage, name, job, workload.plan, known)
         _log.info("sharing the study %s", name)
-        try:
-            yield study
-        finally:
-            study.close()
+        return StudyDatabase(self._storage, name)
 
     def _run_json(self, job: str) -> dict[str, Any]:
         return {
@@ -404,6 +404,24 @@ class Run:
         }
         write_json(self.dir.result, result)
         return result
+
+
+@contextmanager
+def _others(
+    database: "StudyDatabase | None", job: str, plan: Plan, known: list[Rung]
+) -> Iterator[Others]:
+    """Give the jobs that share what they measure with this one, for the length of a block."""
+    if database is None:
+        yield Nobody()
+        return
+    from autotune.tune.shared_study import SharedStudy
+
+    study = SharedStudy(database, job, plan, known)
+    try:
+        yield study
+    finally:
+        study.close()
+        database.close()
 
 
 def _device_memory(cluster: Cluster) -> DeviceMemory | None:

@@ -22,7 +22,13 @@ from autotune.setting import Setting, Structure
 from autotune.tune import shared_study
 from autotune.tune.loop import Tuned, Tuner
 from autotune.tune.search import Search
-from autotune.tune.shared_study import SharedStudy, Storage, open_storage, without_password
+from autotune.tune.shared_study import (
+    SharedStudy,
+    Storage,
+    StudyDatabase,
+    open_storage,
+    without_password,
+)
 from autotune.units import GIB
 
 PLAN: Plan = plan_on(
@@ -56,17 +62,11 @@ class Jobs:
         self._open: list[SharedStudy] = []
 
     def start(self, name: str, known: Sequence[Rung] = (), plan: Plan = PLAN) -> SharedStudy:
-        study = SharedStudy(
-            open_storage(self.address),
-            "study",
-            name,
-            plan,
-            known,
-            # Beats are the tests'.
-            beat_s=1e6,
-            clock=self.clock,
-            sleep=self.clock.sleep,
+        database = StudyDatabase(
+            open_storage(self.address), "study", clock=self.clock, sleep=self.clock.sleep
         )
+        # Beats would be by the real clock.
+        study = SharedStudy(database, name, plan, known, beat_s=1e6)
         self._open.append(study)
         return study
 
@@ -202,6 +202,18 @@ def test_what_a_resumed_job_knows_of_others_is_no_news(jobs: Jobs) -> None:
     one.release()
     (known,) = jobs.start("other").look().news
     assert jobs.start("other", known=[known]).look().news == ()
+
+
+def test_all_agree_on_what_the_first_has_said(jobs: Jobs) -> None:
+    jobs.start("one")
+    databases = [StudyDatabase(open_storage(jobs.address), "study") for _ in range(2)]
+    first, second = databases
+    assert first.agree("rates", {"x": 1.5}) == {"x": 1.5}
+    assert second.agree("rates", {"x": 2.5}) == {"x": 1.5}
+    assert first.agree("rates", {"x": 3.5}) == {"x": 1.5}
+    assert first.trials() == [], "it is no structure"
+    for database in databases:
+        database.close()
 
 
 class Outage:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -185,6 +186,106 @@ class _Claim:
         }
 
 
+class StudyDatabase:
+    """A study in a database, which may be away for a while.
+
+    Args:
+        storage: where it is.
+        name: of the study: jobs of one kind use the same.
+        clock, sleep: of this host.
+
+    Attributes:
+        away_at: when it was away last, by the clock.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        name: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.storage = storage
+        self.clock = clock
+        self.away_at = -math.inf
+        self._sleep = sleep
+        self._is_given_up = False
+        self._study = self._made(name)
+
+    def _made(self, name: str) -> int:
+        study = self.patiently(lambda: _study_of(self.storage, name))
+        if study is None:
+            msg = "the database of --storage went away, and does not come back"
+            raise InputMissingError(msg)
+        return study
+
+    def close(self) -> None:
+        self.storage.engine.dispose()
+
+    def agree(self, subject: str, mine: Any) -> Any:  # noqa: ANN401 - JSON
+        """Return what the first job of the study has said of a subject; `mine` if this is it."""
+
+        def said() -> list[Any]:
+            trials = self.storage.get_all_trials(self._study, deepcopy=False)
+            told = [trial for trial in trials if subject in trial.user_attrs]
+            return [one.user_attrs[subject] for one in sorted(told, key=lambda one: one.number)]
+
+        def agreed() -> Any:  # noqa: ANN401 - JSON
+            if not said():
+                self.create(state=TrialState.FAIL, user_attrs={subject: mine})
+            return said()[0]
+
+        answer = self.patiently(agreed)
+        return mine if answer is None else answer
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return the trials of structures."""
+        trials = self.storage.get_all_trials(self._study, deepcopy=False)
+        return [trial for trial in trials if _STRUCTURE in trial.user_attrs]
+
+    def create(self, **fields: Any) -> int:  # noqa: ANN401 - as of create_trial
+        """Make a trial, all at once; returns its id."""
+        trial = optuna.trial.create_trial(**fields)
+        return self.storage.create_new_trial(self._study, template_trial=trial)
+
+    def once(self, action: Callable[[], object]) -> None:
+        """Try; what does not come through is tried again with what comes next."""
+        try:
+            action()
+        except _AWAY as error:
+            self.away_at = self.clock()
+            _log.info("the shared study is told later: %s", _cause(error))
+
+    def patiently(self, action: Callable[[], _T], patience_s: float = _PATIENCE_S) -> _T | None:
+        """Return what an action does once the database is there; None after long in vain."""
+        since, told = self.clock(), False
+        while True:
+            try:
+                done = action()
+            except _AWAY as error:
+                self.away_at = self.clock()
+                if self._is_given_up or self.away_at - since > patience_s:
+                    self._give_up(self.away_at - since)
+                    return None
+                if not told:
+                    _log.info("waiting for the database of the shared study: %s", _cause(error))
+                told = True
+                self._sleep(_RETRY_S)
+            else:
+                self._is_given_up = False
+                return done
+
+    def _give_up(self, waited_s: float) -> None:
+        if not self._is_given_up:
+            _log.warning(
+                "the database of the shared study is away for %s; this job goes on alone until it "
+                "is back",
+                format_duration(waited_s),
+            )
+        self._is_given_up = True
+
+
 class SharedStudy:
     """The other jobs, seen through the database (see `Others`).
 
@@ -192,89 +293,78 @@ class SharedStudy:
     what others do. After ten minutes it goes on alone.
 
     Args:
-        storage: where the study is.
-        name: of the study: jobs of one kind use the same.
+        database: where the study is.
         job: this job's own name, the same when it is resumed.
         plan: what this job would probe.
         known: outcomes that this job has; its own are told where they are not known.
         beat_s, stale_s: how often a job shows that it lives, and how long one that does not is
             waited for; the same for all.
-        clock, sleep: of this host.
     """
 
     are_there = True
 
-    def __init__(  # noqa: PLR0913 - by keyword
+    def __init__(
         self,
-        storage: Storage,
-        name: str,
+        database: StudyDatabase,
         job: str,
         plan: Plan,
         known: Sequence[Rung],
         *,
         beat_s: float = _BEAT_S,
         stale_s: float = _STALE_S,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._beat_s = beat_s
-        self._stale_s = stale_s
-        self._storage = storage
+        self._database = database
         self._job = job
         self._plan = plan
-        self._clock = clock
-        self._sleep = sleep
+        self._beat_s = beat_s
+        self._stale_s = stale_s
         self._known = {_identity(rung) for rung in known}
         self._heard: set[int] = set()
-        self._at_work: frozenset[Structure] = frozenset()
         self._beats: dict[int, tuple[int, float]] = {}
-        self._away_at = -math.inf
-        self._is_alone = False
         self._claim: _Claim | None = None
         self._unsaid: list[_Claim] = []
-        self._study = self._patiently(lambda: _study_of(storage, name))
+        self._take_up(known)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="study", daemon=True)
-        if self._study is not None:
-            self._take_up(known)
         self._thread.start()
 
     def close(self) -> None:
         self._over.set()
         self._thread.join(_BEAT_S)
-        self._storage.engine.dispose()
 
     def look(self) -> Seen:
         """Return what others have found out since, and what they are at."""
-        trials = self._patiently(self._all)
+        trials = self._database.patiently(self._all)
         if trials is None:
-            return Seen(at_work=frozenset())
+            return Seen()
         news: list[Rung] = []
         at_work: set[Structure] = set()
         for trial in trials:
             if _job_of(trial) == self._job:
                 continue
-            if trial.state == TrialState.RUNNING and not self._is_stale(trial):
+            if _is_open(trial) and not self._is_stale(trial):
                 at_work.add(_structure_of(trial))
             elif trial.number not in self._heard:
                 self._end_stale(trial)
                 self._heard.add(trial.number)
                 news += self._new_rungs(trial)
-        self._at_work = frozenset(at_work)
-        return Seen(tuple(news), self._at_work)
+        return Seen(tuple(news), frozenset(at_work))
 
     def claim(self, structure: Structure) -> bool:
-        trial_id = self._patiently(lambda: self._open(structure))
-        trials = self._patiently(self._all)
+        trial_id = self._database.patiently(lambda: self._open(structure))
+        trials = self._database.patiently(self._all)
         if trial_id is None or trials is None:
             # Alone; it is told when the database is back.
             self._claim = _Claim(structure, None)
             return True
-        mine = next(trial for trial in trials if trial._trial_id == trial_id)  # noqa: SLF001
-        rivals = [trial for trial in trials if _is_open_for(trial, structure)]
-        first = min(rivals, key=lambda trial: trial.number, default=mine)
+        (mine,) = (trial for trial in trials if trial._trial_id == trial_id)  # noqa: SLF001
         self._claim = _Claim(structure, trial_id)
-        if first.number < mine.number and _job_of(first) != self._job:
+        before = [trial for trial in trials if trial.number < mine.number and _is_open(trial)]
+        for trial in before:
+            # Of an attempt whose answer was lost.
+            if _job_of(trial) == self._job:
+                self._database.once(partial(self._end, trial))
+        if any(_job_of(one) != self._job and _structure_of(one) == structure for one in before):
             self.release()
             return False
         return True
@@ -282,27 +372,27 @@ class SharedStudy:
     def tell(self, rung: Rung) -> None:
         if self._claim is not None and isinstance(rung.outcome, Measured | OutOfMemory):
             self._claim.rungs.append(rung)
-            self._once(self._say_all)
+            self._database.once(self._say_all)
 
     def release(self) -> None:
         if self._claim is not None:
             self._claim.is_over = True
             self._unsaid.append(self._claim)
             self._claim = None
-            self._once(self._say_all)
+            self._database.once(self._say_all)
 
     def finish(self) -> None:
-        self._patiently(self._say_all, _LAST_PATIENCE_S)
+        self._database.patiently(self._say_all, _LAST_PATIENCE_S)
 
     def _take_up(self, known: Sequence[Rung]) -> None:
         """End what this job had open when it was stopped, and tell what it could not tell then."""
-        trials = self._patiently(self._all) or []
+        trials = self._database.patiently(self._all) or []
         told: set[tuple[str, str]] = set()
         for trial in trials:
             if _job_of(trial) == self._job:
                 told |= {_identity(rung) for rung in _rungs_of(trial)}
-                if trial.state == TrialState.RUNNING:
-                    self._patiently(lambda trial=trial: self._end(trial))
+                if _is_open(trial):
+                    self._database.patiently(partial(self._end, trial))
         unsaid: dict[Structure, _Claim] = {}
         for rung in known:
             own = not rung.cached and isinstance(rung.outcome, Measured | OutOfMemory)
@@ -328,29 +418,26 @@ class SharedStudy:
 
     def _is_stale(self, trial: FrozenTrial) -> bool:
         """Whether a trial has not beaten for so long, and could have."""
-        now, beat = self._clock(), int(trial.user_attrs.get(_BEAT, 0))
+        now, beat = self._database.clock(), int(trial.user_attrs.get(_BEAT, 0))
         number = trial.number
         if self._beats.get(number, (None, 0.0))[0] != beat:
             self._beats[number] = (beat, now)
-        return now - max(self._beats[number][1], self._away_at) > self._stale_s
+        return now - max(self._beats[number][1], self._database.away_at) > self._stale_s
 
     def _end_stale(self, trial: FrozenTrial) -> None:
-        if trial.state == TrialState.RUNNING:
+        if _is_open(trial):
             _log.info("the job on %s that probed %s is gone", *_who(trial))
-            self._patiently(lambda: self._end(trial))
+            self._database.patiently(partial(self._end, trial))
 
     def _end(self, trial: FrozenTrial) -> None:
         try:
-            self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)  # noqa: SLF001
+            self._database.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)  # noqa: SLF001
         except UpdateFinishedTrialError:
             _log.debug("another job was first to end trial %d", trial.number)
 
     def _all(self) -> list[FrozenTrial]:
         self._say_all()
-        assert self._study is not None
-        trials = self._storage.get_all_trials(self._study, deepcopy=False)
-        # What somebody else has put there by hand is none of ours.
-        return [trial for trial in trials if _STRUCTURE in trial.user_attrs]
+        return self._database.trials()
 
     def _open(self, structure: Structure) -> int:
         self._say_all()
@@ -359,7 +446,7 @@ class SharedStudy:
     def _create(self, claim: _Claim, state: TrialState) -> int:
         parameters, kinds = _parameters(claim.structure)
         speeds = claim.speeds
-        trial = optuna.trial.create_trial(
+        return self._database.create(
             state=state,
             value=max(speeds.values()) if state == TrialState.COMPLETE else None,
             params=parameters,
@@ -377,8 +464,6 @@ class SharedStudy:
                 },
             },
         )
-        assert self._study is not None
-        return self._storage.create_new_trial(self._study, template_trial=trial)
 
     def _say_all(self) -> None:
         """Tell the database what it does not know; what was said is not said again."""
@@ -398,7 +483,7 @@ class SharedStudy:
                 self._say_rung(claim, claim.trial_id, rung)
             if claim.is_over:
                 values = [max(claim.speeds.values())] if claim.speeds else None
-                self._storage.set_trial_state_values(claim.trial_id, over, values)
+                self._database.storage.set_trial_state_values(claim.trial_id, over, values)
         except UpdateFinishedTrialError:
             # Another job took this one for gone, or it was said before the answer was lost.
             claim.trial_id = None
@@ -411,8 +496,8 @@ class SharedStudy:
             return
         if isinstance(rung.outcome, Measured):
             speed = rung.outcome.tokens_per_s
-            self._storage.set_trial_intermediate_value(trial_id, size, speed)
-        self._storage.set_trial_user_attr(trial_id, f"{_RUNG}{size}", rung.to_json())
+            self._database.storage.set_trial_intermediate_value(trial_id, size, speed)
+        self._database.storage.set_trial_user_attr(trial_id, f"{_RUNG}{size}", rung.to_json())
         claim.told.add(size)
 
     def _beat(self) -> None:
@@ -424,45 +509,11 @@ class SharedStudy:
                 continue
             count += 1
             try:
-                self._storage.set_trial_user_attr(claim.trial_id, _BEAT, count)
+                self._database.storage.set_trial_user_attr(claim.trial_id, _BEAT, count)
             except UpdateFinishedTrialError:
                 continue
             except Exception:  # noqa: BLE001 - whatever it is, it is met and told where it matters
-                self._away_at = self._clock()
-
-    def _once(self, action: Callable[[], object]) -> None:
-        """Try; what does not come through is tried again with what comes next."""
-        try:
-            action()
-        except _AWAY as error:
-            self._away_at = self._clock()
-            _log.info("the shared study is told later: %s", _cause(error))
-
-    def _patiently(self, action: Callable[[], _T], patience_s: float = _PATIENCE_S) -> _T | None:
-        """Return what an action does once the database is there; None after long in vain."""
-        since, told = self._clock(), False
-        while True:
-            try:
-                done = action()
-            except _AWAY as error:
-                self._away_at = self._clock()
-                waited = self._away_at - since
-                if self._is_alone or waited > patience_s:
-                    if not self._is_alone:
-                        _log.warning(
-                            "the database of the shared study is away for %s; this job goes on "
-                            "alone until it is back",
-                            format_duration(waited),
-                        )
-                    self._is_alone = True
-                    return None
-                if not told:
-                    _log.info("waiting for the database of the shared study: %s", _cause(error))
-                told = True
-                self._sleep(_RETRY_S)
-            else:
-                self._is_alone = False
-                return done
+                self._database.away_at = self._database.clock()
 
 
 def _study_of(storage: Storage, name: str) -> int:
@@ -484,8 +535,8 @@ def _structure_of(trial: FrozenTrial) -> Structure:
     return Structure(**trial.user_attrs[_STRUCTURE])
 
 
-def _is_open_for(trial: FrozenTrial, structure: Structure) -> bool:
-    return trial.state == TrialState.RUNNING and _structure_of(trial) == structure
+def _is_open(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.RUNNING
 
 
 def _rungs_of(trial: FrozenTrial) -> Iterable[Rung]:

@@ -17,7 +17,7 @@ from autotune.probe.fakes import ScriptedProber
 from autotune.probe.protocol import ProbeRequest, RungFailure, RungMeasurement, RungPlan
 from autotune.rundir import RunDir
 from autotune.tune.loop import Tuner
-from autotune.tune.shared_study import SharedStudy, open_storage
+from autotune.tune.shared_study import SharedStudy, StudyDatabase, open_storage
 from autotune.units import GIB
 
 STALE_S = 8.0
@@ -34,9 +34,8 @@ def main(address: str, job: str, directory: str, rung_s: str) -> None:
         time.sleep(float(rung_s))
         return surface.answer(request, rung)
 
-    study = SharedStudy(
-        open_storage(address), "surface", job, plan, known, beat_s=1.0, stale_s=STALE_S
-    )
+    database = StudyDatabase(open_storage(address), "surface")
+    study = SharedStudy(database, job, plan, known, beat_s=1.0, stale_s=STALE_S)
     tuner = Tuner(
         plan,
         ScriptedProber(answer),
