@@ -134,12 +134,14 @@ class Run:
             result = self._stages(with_training=with_training)
         except (AutotuneError, InterruptedRunError) as error:
             reason = type(error).__name__
-            self._write_result(
-                {"exit_reason": reason, "exit_code": error.exit_code}
-                | {"message": str(error)}
-                | self._figures
-            )
-            self._chronicle.ended(reason, error.exit_code, str(error))
+            try:
+                self._write_result(
+                    {"exit_reason": reason, "exit_code": error.exit_code}
+                    | {"message": str(error)}
+                    | self._figures
+                )
+            finally:
+                self._chronicle.ended(reason, error.exit_code, str(error))
             raise
         except Exception as error:
             self._chronicle.ended(type(error).__name__, 1, str(error))
