@@ -134,7 +134,7 @@ class Events:
     def listen(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
-    def tell(self, kind: str, **fields: Any) -> None:  # noqa: ANN401 - JSON values
+    def tell(self, kind: str, /, **fields: Any) -> None:  # noqa: ANN401 - JSON values
         assert kind in KINDS, f"{kind} is no kind of event"
         event = Event(kind, now(), fields)
         with self._lock:
