@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PHASES = ("detect", "profile", "tune", "emit", "train")
 
-_BAR_COLUMNS = 40
+_BAR_COLUMNS = 24
 _FRAMES_A_S = 4
 _WORDS = {
     "data": "tokenising the data",
