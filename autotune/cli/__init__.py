@@ -78,9 +78,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - 
 
 def _run() -> int:
     try:
-        _autotune.main(standalone_mode=False)
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
+        # What a command exits with, if it does so before its end, is what click returns then.
+        code = _autotune.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -91,4 +90,4 @@ def _run() -> int:
         traceback.print_exc()
         click.echo("autotune: this is a bug; please report the lines above", err=True)
         return 1
-    return 0
+    return code if isinstance(code, int) else 0

@@ -69,6 +69,8 @@ _LARGEST = 2**62
 
 # A server that has gone without a word is noticed within half a minute.
 _POSTGRESQL = {
+    # The driver gives bytes for text of a database that was made without an encoding.
+    "client_encoding": "utf8",
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,

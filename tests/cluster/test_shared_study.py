@@ -21,10 +21,10 @@ import pytest
 from autotune.outcome import Measured, Rung
 from autotune.rundir import RunDir
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 JOB = Path(__file__).parent / "tuning_job.py"
-LIMIT_S = 240
+LIMIT_S = 900
 
 
 class Postgres:
@@ -43,7 +43,8 @@ class Postgres:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self._call("initdb", "-D", self._data, "-U", "autotune", "-A", "trust", "--no-sync")
+        how = ("-U", "autotune", "-A", "trust", "--no-sync", "-E", "UTF8")
+        self._call("initdb", "-D", self._data, *how)
         self.start()
 
     @property
