@@ -18,7 +18,7 @@ from autotune.setting import Structure
 from autotune.status import StatusFile, fold, fresh, state_of, tuning_left_s
 
 SETTING = Structure(zero_stage=2).with_micro_batch(2, 2, 16).to_json()
-RUNG = {
+RUNG: dict[str, Any] = {
     "setting": SETTING,
     "kind": "measured",
     "tokens_per_s": 120.0,
@@ -27,7 +27,7 @@ RUNG = {
     "purpose": "search",
     "cached": False,
 }
-FORETOLD = {
+FORETOLD: dict[str, Any] = {
     "micro_batch_size": 2,
     "gradient_accumulation_steps": 4,
     "predicted_bytes": 2.0**30,
@@ -36,7 +36,7 @@ FORETOLD = {
     "tokens_per_s": None,
     "peak_bytes": None,
 }
-EVERY = {
+EVERY: dict[str, dict[str, Any]] = {
     "run_started": {
         "command": "run",
         "fingerprint": "f",
@@ -197,7 +197,8 @@ def site() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             self.send_response(204 if self.path == "/hook" else 500)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None: ...
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as inherited
+            del format, args
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-import sqlalchemy
+import sqlalchemy.exc
 from optuna.trial import TrialState
 from records import Surface, SurfaceSite, as_rung, make_cluster, make_job, measured, perturbed
 from records import plan_for as plan_on
@@ -19,7 +19,6 @@ from autotune.outcome import Crashed, Measured, OutOfMemory, Rung
 from autotune.plan import Plan
 from autotune.probe.fakes import ScriptedProber
 from autotune.setting import Setting, Structure
-from autotune.tune import shared_study
 from autotune.tune.loop import Tuned, Tuner
 from autotune.tune.search import Search
 from autotune.tune.shared_study import (
@@ -384,6 +383,6 @@ def test_sqlite_on_a_network_file_system_is_refused(
         mountpoint = str(tmp_path)
         fstype = "nfs4"
 
-    monkeypatch.setattr(shared_study.psutil, "disk_partitions", lambda **_: [Mount])
+    monkeypatch.setattr("psutil.disk_partitions", lambda **_: [Mount])
     with pytest.raises(ConfigError, match="network's file system"):
         open_storage(f"sqlite:///{tmp_path}/study.db")

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 import optuna
 import psutil
-import sqlalchemy
+import sqlalchemy.engine
+import sqlalchemy.exc
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
