@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH_PIP := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: install demo test test-full test-browser test-lowest gpu-check mutants lint docs docs-reference exports-check clean
+.PHONY: install demo test test-full test-browser test-lowest gpu-check mutants lint docs docs-reference exports-check test-cluster clean
 
 install: $(VENV)/.installed
 
@@ -85,6 +85,10 @@ test-lowest: $(LOWEST)/.installed
 # Whether the tests notice changes to what decides about memory and devices.
 mutants: install
 	$(BIN)/python benchmarks/mutation/mutate.py
+
+# What needs Debian's packages: apt-get install --no-install-recommends postgresql
+test-cluster: install
+	$(PYTEST) -m cluster tests/cluster
 
 clean:
 	rm -rf $(VENV) $(LOWEST)

@@ -576,6 +576,22 @@ OPTIONS: tuple[Option, ...] = (
         help="Leave out what earlier runs of such a job have measured.",
     ),
     Option(
+        name="storage",
+        parse=_text,
+        default=None,
+        metavar="URL",
+        help="Database through which jobs of one kind share what they measure: "
+        "postgresql://USER@HOST/DATABASE, or another of Optuna's [none].",
+    ),
+    Option(
+        name="on_event",
+        parse=_texts,
+        default=None,
+        metavar="URL|COMMAND",
+        help="Web address or shell command that is told of events as JSON; may be repeated.",
+        multiple=True,
+    ),
+    Option(
         name="eval_share",
         parse=_share,
         default=0.0,

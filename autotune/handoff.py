@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from autotune.detect.host import kernel_memory_kills
 from autotune.emit import torchrun_command, train_spec
 from autotune.environment import rank_environment
 from autotune.errors import CannotWriteError, InterruptedRunError, TrainingFailedError
+from autotune.events import Tell, tell_progress
 from autotune.hardware import Cluster
 from autotune.intake import Workload
 from autotune.outcome import OutOfMemory
@@ -27,6 +29,7 @@ from autotune.recovery import MAX_REPEATS, Cause, disk_bytes, next_fallback, rep
 from autotune.rundir import RunDir, read_json, write_json
 from autotune.setting import Setting
 from autotune.train.launch import Ended, Training
+from autotune.train.progress import CHECKPOINT
 from autotune.units import format_bytes
 from autotune.verify import Promise, Verdict, verdict
 
@@ -82,11 +85,14 @@ class Handoff:
         *,
         strict: bool,
         progress: Callable[[dict[str, Any]], None],
+        tell: Tell = lambda *_, **__: None,
     ) -> None:
         self._dir = run_dir
         self._cluster = cluster
         self._strict = strict
         self._progress = progress
+        self._tell = tell
+        self._saving = _Saving(run_dir.training, tell)
         emitted = read_json(run_dir.fallbacks) or {}
         self._ladder: list[dict[str, Any]] = emitted.get("settings", [])
         self._chosen: dict[str, Any] = emitted.get("chosen", {})
@@ -163,7 +169,7 @@ class Handoff:
             lines.append(line)
             self._verify(lines, watch)
 
-        return training.run(step)
+        return training.run(step, self._saving.look)
 
     @property
     def _ranks(self) -> int:
@@ -251,6 +257,7 @@ class Handoff:
         )
         write_json(self._recoveries_path, {"schema": 1, "recoveries": self._recoveries})
         setting = self._recoveries[-1]["setting"]
+        self._tell("recovery", cause=cause, from_step=from_step, setting=setting)
         _log.warning(
             "the training ended because %s (%s); it goes on from step %d with %s",
             _CAUSES[cause],
@@ -285,6 +292,54 @@ def last_step(training: Path) -> int:
     """Return the step of the latest complete checkpoint, 0 if there is none."""
     steps = [int(path.parent.name.rpartition("-")[2]) for path in training.glob("*/complete")]
     return max(steps, default=0)
+
+
+class _Saving:
+    """Tells how far the ranks are with loading the model and with saving checkpoints."""
+
+    _LOOK_S = 1.0
+
+    def __init__(self, training: Path, tell: Tell) -> None:
+        self._training = training
+        self._tell = tell
+        self._step: str | None = None
+        self._began_s = self._looked_s = 0.0
+        self._total: int | None = None
+
+    def look(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            if line["what"] == CHECKPOINT:
+                self._checkpoint(line)
+            else:
+                tell_progress(self._tell, line["what"], line["done"], line["total"], unit="tensors")
+        if self._step is not None and time.monotonic() - self._looked_s >= self._LOOK_S:
+            self._looked_s = time.monotonic()
+            self._say(_size_of(self._training / f"checkpoint-{self._step}"))
+
+    def _checkpoint(self, line: dict[str, Any]) -> None:
+        if not line["done"]:
+            sizes = [_size_of(path.parent) for path in self._training.glob("checkpoint-*/complete")]
+            # They are all about as large.
+            self._step, self._began_s = line["note"], line["at"]
+            self._total = max(sizes, default=None)
+            return
+        self._step = None
+        self._tell("checkpoint", step=int(line["note"]), seconds=line["at"] - self._began_s)
+
+    def _say(self, size: int) -> None:
+        # It is over when the ranks say so.
+        done = size if self._total is None else min(size, self._total - 1)
+        note = f"step {self._step}"
+        tell_progress(self._tell, CHECKPOINT, done, self._total, unit="bytes", note=note)
+
+
+def _size_of(directory: Path) -> int:
+    """Return the bytes of the files below a directory, of which some may go meanwhile."""
+    size = 0
+    for path in directory.rglob("*"):
+        with suppress(OSError):
+            size += path.stat().st_size
+    return size
 
 
 class _Processors:

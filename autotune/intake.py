@@ -70,7 +70,10 @@ ATTENTION = "sdpa"
 _BF16_CAPABILITY = (8, 0)
 
 
-_OF_NO_MATTER = ("model", "dataset", "run_dir", "ds_config", "no_cache", "strict_handoff")
+_OF_NO_MATTER = (
+    *("model", "dataset", "run_dir", "ds_config", "no_cache", "strict_handoff"),
+    *("storage", "on_event"),
+)
 """Options that do not make another run of it; model, data and config count by their content."""
 
 
@@ -286,17 +289,18 @@ def look_into(
     imagined: ImaginedRows = ImaginedRows(),
     attention: str = "auto",
     checkpointing: tuple[str, ...] = CHECKPOINTING_MODES,
+    watch: "Watch | None" = None,
 ) -> Workload:
     """Profile the model, tokenise the data, and estimate every setting.
 
     Of the checkpointing modes those are tried that the model has; pins of the question go before
-    what is said here.
+    what is said here. `watch` is told how far tokenising has come.
 
     Raises:
         UsageError: rows are asked for that are longer than the model takes.
     """
     model = _look_at_model(question, attention, checkpointing, logs)
-    data = _look_at_data(question, model, dataset_dir, imagined)
+    data = _look_at_data(question, model, dataset_dir, imagined, watch)
     return _workload(question, model, data, logs)
 
 
@@ -389,7 +393,11 @@ class _Data:
 
 
 def _look_at_data(
-    question: Question, model: _Model, dataset_dir: Path, imagined: ImaginedRows
+    question: Question,
+    model: _Model,
+    dataset_dir: Path,
+    imagined: ImaginedRows,
+    watch: "Watch | None" = None,
 ) -> _Data:
     options, source = question.options, question.source
     job, profile, limit = model.job, model.profile, model.job.max_seq_length
@@ -410,6 +418,7 @@ def _look_at_data(
         vocab_size=profile.vocab_size,
         rules=rules,
         cache=cache_dir() / "datasets",
+        watch=watch,
     )
     lengths = Rows.open(dataset_dir).lengths
     _log.info(describe_dataset(dataset))
@@ -419,10 +428,23 @@ def _look_at_data(
 
 
 def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Workload:
-    cluster, named = question.cluster, question.named
-    job, profile = model.job, model.profile
+    cluster, named, job = question.cluster, question.named, model.job
     rates = _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
     drawn = DrawnRows.draw(data.lengths, job.seed, _rebalanced(question, job, data.lengths, logs))
+    return _planned(question, model, data, rates, drawn)
+
+
+def replanned(workload: Workload, rates: Rates) -> Workload:
+    """Return a workload as it is planned with these rates."""
+    model = _Model(job=workload.job, profile=workload.profile)
+    data = _Data(profile=workload.dataset, lengths=workload.lengths, rows=workload.rows)
+    return _planned(workload.question, model, data, rates, workload.drawn)
+
+
+def _planned(
+    question: Question, model: _Model, data: _Data, rates: Rates, drawn: DrawnRows
+) -> Workload:
+    cluster, job, profile = question.cluster, model.job, model.profile
     space = enumerate_space(
         cluster,
         job.global_batch_size,

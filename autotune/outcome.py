@@ -111,7 +111,8 @@ class Rung:
         seconds: what it took to find out.
         purpose: to find the best, to verify what an earlier run knew of it, or to tell it from the
             next best; only the first tries a setting for the first time.
-        cached: whether an earlier run found it out.
+        cached: whether another run found it out, an earlier one or one beside this.
+        job: of a shared study, that found it out beside this one.
     """
 
     setting: Setting
@@ -122,6 +123,7 @@ class Rung:
     seconds: float = field(default=0.0)
     purpose: Purpose = "search"
     cached: bool = False
+    job: str = ""
 
     def to_json(self) -> dict[str, Any]:
         figures = asdict(self.outcome)
@@ -139,6 +141,7 @@ class Rung:
                 "took_s": self.seconds,
                 "purpose": self.purpose,
                 "cached": self.cached,
+                **({"job": self.job} if self.job else {}),
             },
             "at": self.at,
         }
@@ -149,6 +152,7 @@ class Rung:
         kind = _KINDS[figures.pop("kind")]
         where, seconds = figures.pop("where", None), figures.pop("took_s", 0.0)
         purpose, cached = figures.pop("purpose", "search"), figures.pop("cached", False)
+        job = figures.pop("job", "")
         if kind is OutOfMemory:
             figures["where"] = where
         if kind is Measured:
@@ -166,4 +170,5 @@ class Rung:
             seconds=seconds,
             purpose=purpose,
             cached=cached,
+            job=job,
         )

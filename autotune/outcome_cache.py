@@ -14,6 +14,7 @@ from autotune.intake import Workload
 from autotune.outcome import Measured, OutOfMemory, Rung
 from autotune.rundir import read_json, write_json
 from autotune.throughput import Ints
+from autotune.tune.earlier import holds
 
 _log = logging.getLogger(__name__)
 
@@ -59,27 +60,23 @@ class OutcomeCache:
         key = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
         return cls(cache_dir() / "outcomes" / f"{key}.json")
 
-    def read(self, workload: Workload) -> list[Rung]:
-        """Return the outcomes that hold for this job's devices, marked as cached.
+    @property
+    def kind_of_job(self) -> str:
+        """Name what jobs have in common whose outcomes hold for each other."""
+        return self.path.stem
 
-        What ran out of memory says nothing where there is more now, and what was measured nothing
-        where it would not fit.
-        """
+    def read(self, workload: Workload) -> list[Rung]:
+        """Return the outcomes that hold for this job's devices, marked as cached."""
         budget = workload.plan.budget_bytes
         rungs = []
         for entry in self._entries():
             try:
-                rung = replace(Rung.from_json(entry["rung"]), cached=True)
+                rung = replace(Rung.from_json(entry["rung"]), cached=True, job="")
                 had = int(entry["budget_bytes"])
             except (KeyError, TypeError, ValueError):
                 _log.warning("%s holds what is no outcome; it is left out", self.path)
                 continue
-            holds = (
-                rung.outcome.peak_bytes <= budget
-                if isinstance(rung.outcome, Measured)
-                else budget <= had
-            )
-            if holds and workload.plan.row_of(rung.setting) is not None:
+            if holds(rung, had, budget) and workload.plan.row_of(rung.setting) is not None:
                 rungs.append(rung)
         return rungs if any(isinstance(rung.outcome, Measured) for rung in rungs) else []
 

@@ -5,16 +5,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
 from autotune import __version__
+from autotune.chronicle import Chronicle
 from autotune.config import AUTO, Options
+from autotune.dataset.preparing import log_progress
 from autotune.detect.monitor import watch
 from autotune.detect.nvidia import used_bytes
 from autotune.documents import emission, plan_document, tuning_figures
@@ -29,30 +33,38 @@ from autotune.errors import (
     SetupFaultError,
     UsageError,
 )
+from autotune.events import IN_VIEW, EventLog, Events, Listener, hooks
 from autotune.handoff import Handoff, require_trainable
-from autotune.hardware import Cluster
+from autotune.hardware import Cluster, Rates
 from autotune.intake import (
     Question,
     Workload,
     ask,
     look_into,
+    replanned,
     require_usable,
     require_working,
     start_processes,
     total_steps,
 )
-from autotune.outcome import Measured, Rung
+from autotune.outcome import Rung
 from autotune.outcome_cache import OutcomeCache
 from autotune.plan import Plan
 from autotune.probe.local import LocalProber
 from autotune.probe.tenants import DeviceMemory
 from autotune.report.page import write_report
 from autotune.rundir import RunDir, read_json, write_json, write_text
-from autotune.setting import Setting, Structure
+from autotune.setting import Setting
+from autotune.status import StatusFile
 from autotune.tune.loop import Tuned, Tuner, write_study
+from autotune.tune.others import Nobody, Others
 from autotune.tune.site import JobSite
 from autotune.units import format_bytes, format_duration
 from autotune.virtual_judge import VirtualJudge
+
+if TYPE_CHECKING:
+    from autotune.dataset.preparing import Progress
+    from autotune.tune.shared_study import Storage, StudyDatabase
 
 _log = logging.getLogger(__name__)
 
@@ -82,9 +94,10 @@ class Run:
         self.question = question
         self.dir = run_dir
         self._figures: dict[str, Any] = {}
-        self._structures: set[Structure] = set()
         self._reported = -math.inf
-        self._status: dict[str, Any] = {"schema": 1, "pid": os.getpid(), "best": None, "probes": 0}
+        self._events = Events()
+        self._chronicle = Chronicle(self._events)
+        self._storage: Storage | None = None
 
     def finished(self, *, with_training: bool) -> dict[str, Any] | None:
         """Return the result of an earlier run of the same question, if it got as far."""
@@ -97,8 +110,10 @@ class Run:
         result = read_json(self.dir.result) or {}
         return dict(result) if result.get("fingerprint") == self.question.fingerprint else {}
 
-    def execute(self, *, with_training: bool) -> dict[str, Any]:
+    def execute(self, *, with_training: bool, listeners: Sequence[Listener] = ()) -> dict[str, Any]:
         """Go through every stage that is not done yet; returns the content of result.json.
+
+        Listeners are told of events, as are the files and hooks that every run has.
 
         Raises:
             AutotuneError: a stage failed; result.json says why.
@@ -110,16 +125,40 @@ class Run:
             if (done := self.finished(with_training=with_training)) is not None:
                 return done
             self._refuse_foreign()
+            with self._told(listeners):
+                return self._to_the_end(with_training=with_training)
+
+    @contextmanager
+    def _told(self, listeners: Sequence[Listener]) -> Iterator[None]:
+        """Have listeners, files and hooks told of events for the length of a block."""
+        about = {"run_dir": str(self.dir.root), "host": os.uname().nodename}
+        targets = self.question.options["on_event"] or ()
+        with StatusFile(self.dir.status) as status, hooks(targets, about, self._events):
+            for listener in (EventLog(self.dir.events), status, *listeners):
+                self._events.listen(listener)
+            yield
+
+    def _to_the_end(self, *, with_training: bool) -> dict[str, Any]:
+        command = "run" if with_training else "tune"
+        self._chronicle.started(command, self.question.fingerprint, str(self.dir.root))
+        try:
+            result = self._stages(with_training=with_training)
+        except (AutotuneError, InterruptedRunError) as error:
+            reason = type(error).__name__
             try:
-                return self._stages(with_training=with_training)
-            except (AutotuneError, InterruptedRunError) as error:
                 self._write_result(
-                    {"exit_reason": type(error).__name__, "exit_code": error.exit_code}
+                    {"exit_reason": reason, "exit_code": error.exit_code}
                     | {"message": str(error)}
                     | self._figures
                 )
-                self._enter("stopped")
-                raise
+            finally:
+                self._chronicle.ended(reason, error.exit_code, str(error))
+            raise
+        except Exception as error:
+            self._chronicle.ended(type(error).__name__, 1, str(error))
+            raise
+        self._chronicle.ended(result["exit_reason"], 0, None)
+        return result
 
     def _refuse_foreign(self) -> None:
         before = read_json(self.dir.run)
@@ -134,8 +173,7 @@ class Run:
         # What was emitted stays as it is: checkpoints of a training fit only the setting it began
         # with, and more tuning could find another.
         known = self.dir.read_rungs()
-        for rung in known:
-            self._count(rung)
+        self._chronicle.known(known)
         self._figures = self._figures_before() or self._tune_and_emit(
             known, with_training=with_training
         )
@@ -146,7 +184,6 @@ class Run:
             result = self._write_result(
                 {"exit_reason": "trained", "exit_code": 0} | self._figures | trained
             )
-        self._enter("done")
         return result
 
     def _figures_before(self) -> dict[str, Any]:
@@ -158,29 +195,70 @@ class Run:
 
     def _tune_and_emit(self, known: list[Rung], *, with_training: bool) -> dict[str, Any]:
         self._enter("detect")
-        write_json(self.dir.run, self._run_json())
+        job = self._job()
+        write_json(self.dir.run, self._run_json(job))
+        if (address := self.question.options["storage"]) is not None:
+            from autotune.tune.shared_study import open_storage
+
+            # What cannot be reached is told before minutes are spent.
+            self._storage = open_storage(address)
         start_processes(self.question)
         require_working(self.question, self.dir.logs / "optimizer.log")
         self._enter("profile")
-        workload = look_into(self.question, dataset_dir=self.dir.dataset, logs=self.dir.logs)
+        workload = look_into(
+            self.question,
+            dataset_dir=self.dir.dataset,
+            logs=self.dir.logs,
+            watch=self._watch_data,
+        )
+        database = self._database(workload)
+        if database is not None:
+            # What is planned follows from rates that each node measures a little different.
+            rates = database.agree("rates", asdict(workload.rates))
+            workload = replanned(workload, Rates(**rates))
         self._write_workload(workload)
         require_any_kept(workload.plan)
+        self._chronicle.planned(workload)
         require_trainable(workload, self.dir, with_training=with_training)
-        workload = with_built_ops(workload, self.dir.logs / "ops.log")
+        workload = with_built_ops(workload, self.dir.logs / "ops.log", self._chronicle.ops)
         self._enter("tune")
         started = time.monotonic()
-        tuned = self._tune(workload, known)
+        with _others(database, job, workload.plan, known) as others:
+            tuned = self._tune(workload, known, others)
         before_s = sum(rung.seconds for rung in known if not rung.cached)
         tuning_s = before_s + time.monotonic() - started
         self._enter("emit")
         best = require_best(workload.plan, tuned)
         self._emit(workload, best.setting, tuned)
-        return tuning_figures(workload, tuned, best, tuning_s)
+        figures = tuning_figures(workload, tuned, best, tuning_s)
+        self._chronicle.chosen(figures)
+        return figures
 
-    def _run_json(self) -> dict[str, Any]:
+    def _watch_data(self, progress: "Progress") -> None:
+        log_progress(progress)
+        self._chronicle.data(progress)
+
+    def _job(self) -> str:
+        """Return this job's name in a shared study, which it keeps when it is resumed."""
+        before = read_json(self.dir.run) or {}
+        same = before.get("fingerprint") == self.question.fingerprint
+        return str(before.get("job") or uuid4().hex) if same else uuid4().hex
+
+    def _database(self, workload: Workload) -> "StudyDatabase | None":
+        """Return the study of jobs like this one; None without --storage."""
+        if self._storage is None:
+            return None
+        from autotune.tune.shared_study import StudyDatabase
+
+        name = f"autotune-{OutcomeCache.of(workload).kind_of_job}"
+        _log.info("sharing the study %s", name)
+        return StudyDatabase(self._storage, name)
+
+    def _run_json(self, job: str) -> dict[str, Any]:
         return {
             "schema": 1,
             "fingerprint": self.question.fingerprint,
+            "job": job,
             "options": self._recorded_options(),
             "versions": versions() | {"autotune": __version__},
         }
@@ -193,6 +271,10 @@ class Run:
             if value is not None and Path(value).exists():
                 options[name]["value"] = str(Path(value).absolute())
         options["dataset"]["value"] = [source.absolute() for source in self.question.dataset]
+        if options["storage"]["value"] is not None:
+            from autotune.tune.shared_study import without_password
+
+            options["storage"]["value"] = without_password(options["storage"]["value"])
         return options
 
     def _write_workload(self, workload: Workload) -> None:
@@ -205,7 +287,7 @@ class Run:
             write_json(self.dir.dataset_profile, {"schema": 1, **asdict(workload.dataset)})
         write_json(self.dir.plan, plan_document(workload))
 
-    def _tune(self, workload: Workload, known: list[Rung]) -> Tuned:
+    def _tune(self, workload: Workload, known: list[Rung], others: Others) -> Tuned:
         plan, cluster = workload.plan, self.question.cluster
         steps = total_steps(workload)
         assert steps is not None, "a run has a dataset"
@@ -221,18 +303,25 @@ class Run:
         )
         options = self.question.options
         cache = OutcomeCache.of(workload)
-        if not known and not options["no_cache"]:
+        if not known and not options["no_cache"] and not others.are_there:
             known = self._taken_over(cache.read(workload))
         budget = options["tune_budget"]
         # A host's memory is everybody's, and there is no driver to ask.
         monitor = watch(cluster.visible_devices) if cluster.has_separate_memory else None
         tuner = Tuner(
             plan,
-            LocalProber(self.dir.logs, memory=_device_memory(cluster), monitor=monitor),
+            LocalProber(
+                self.dir.logs,
+                memory=_device_memory(cluster),
+                monitor=monitor,
+                watch=self._chronicle.phase_of_probe,
+            ),
             site,
             known,
             record=self._record,
             judge=VirtualJudge(workload, self.dir.logs),
+            others=others,
+            watch=self._chronicle,
             parameters=workload.profile.parameters,
             steps=steps,
             thrifty=budget == AUTO,
@@ -263,23 +352,8 @@ class Run:
 
     def _record(self, rung: Rung) -> None:
         self.dir.append_rung(rung)
-        self._count(rung)
-        self._beat()
+        self._chronicle.rung(rung)
         self._report(every_s=_REPORT_EVERY_S)
-
-    def _count(self, rung: Rung) -> None:
-        outcome = rung.outcome
-        if not rung.cached:
-            self._structures.add(rung.setting.structure)
-        self._status["probes"] = len(self._structures)
-        best = self._status["best"]
-        if isinstance(outcome, Measured) and (
-            best is None or outcome.tokens_per_s > best["tokens_per_s"]
-        ):
-            self._status["best"] = {
-                "setting": rung.setting.to_json(),
-                "tokens_per_s": outcome.tokens_per_s,
-            }
 
     def _emit(self, workload: Workload, setting: Setting, tuned: Tuned) -> None:
         cluster = self.question.cluster
@@ -310,6 +384,7 @@ class Run:
             self.question.cluster,
             strict=self.question.options["strict_handoff"],
             progress=self._training_progress,
+            tell=self._events.tell,
         )
         try:
             return handoff.train()
@@ -325,19 +400,14 @@ class Run:
             line["tokens_per_s"],
             format_bytes(line["peak_bytes"]),
             format_duration(line["left_s"]),
+            extra=IN_VIEW,
         )
-        self._status["training"] = line
-        self._beat()
+        self._chronicle.tell("step", **line)
         self._report(every_s=_REPORT_EVERY_S)
 
     def _enter(self, phase: str) -> None:
-        self._status["phase"] = phase
-        self._beat()
+        self._chronicle.tell("phase", phase=phase)
         self._report()
-
-    def _beat(self) -> None:
-        self._status["heartbeat"] = _now()
-        write_json(self.dir.status, self._status)
 
     def _report(self, *, every_s: float = 0.0) -> None:
         """Write the report of what there is so far, unless it is not that old yet."""
@@ -361,30 +431,56 @@ class Run:
         return result
 
 
+@contextmanager
+def _others(
+    database: "StudyDatabase | None", job: str, plan: Plan, known: list[Rung]
+) -> Iterator[Others]:
+    """Give the jobs that share what they measure with this one, for the length of a block."""
+    if database is None:
+        yield Nobody()
+        return
+    from autotune.tune.shared_study import SharedStudy
+
+    study = SharedStudy(database, job, plan, known)
+    try:
+        yield study
+    finally:
+        study.close()
+        database.close()
+
+
 def _device_memory(cluster: Cluster) -> DeviceMemory | None:
     """Watch the memory of devices that have their own; a host's is everybody's."""
     return DeviceMemory(used_bytes) if cluster.has_separate_memory else None
 
 
-def with_built_ops(workload: Workload, log: Path) -> Workload:
+def with_built_ops(
+    workload: Workload, log: Path, watch: Callable[[int, int, str], None] = lambda *_: None
+) -> Workload:
     """Build the ops that the plan needs; without a fast Adam for the host, take torch's there.
+
+    `watch` is told how many are there, of how many, and which is built next.
 
     Raises:
         SetupFaultError: an op cannot be built, and there is nothing in its place.
     """
-    from autotune.profile.child import build_ops
-
     _log.info("building DeepSpeed's ops (once an environment)")
     try:
-        build_ops(_ops(workload), log)
+        _build(_ops(workload), log, watch)
     except SetupFaultError as error:
         slower = replace(workload, job=replace(workload.job, host_adam="torch"))
         if workload.question.cluster.kind == "cpu" or _ops(slower) == _ops(workload):
             raise
         _log.warning("offloaded states are updated by torch's AdamW, which is slower: %s", error)
-        build_ops(_ops(slower), log)
+        _build(_ops(slower), log, watch)
         return slower
     return workload
+
+
+def _build(names: Sequence[str], log: Path, watch: Callable[[int, int, str], None]) -> None:
+    from autotune.profile.child import build_ops
+
+    build_ops(names, log, lambda built, name: watch(built, len(names), name))
 
 
 def _ops(workload: Workload) -> list[str]:

@@ -3,13 +3,14 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from autotune.errors import CannotWriteError
+from autotune.lease import HeldError, exclusive
 from autotune.outcome import Rung
 
 _T = TypeVar("_T")
@@ -109,6 +110,10 @@ class RunDir:
         return self.root / "status.json"
 
     @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
     def result(self) -> Path:
         """How it ended: exit reason, chosen setting, figures."""
         return self.root / "result.json"
@@ -129,39 +134,27 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory against a second run; the lock ends with the process that holds it.
+        """Hold the directory against a second run; a holder that is gone holds it no longer.
 
         Raises:
             CannotWriteError: another process holds it, or no lock can be made.
         """
-        import filelock
-
         path = self.root / ".lock"
-        holder = self.root / ".lock-holder"
-        lock = filelock.FileLock(path, timeout=0, mode=_PRIVATE_FILE)
-        with writing(path):
-            try:
-                lock.acquire()
-            except filelock.Timeout:
-                who = holder.read_text() if holder.exists() else "another process"
-                msg = f"{self.root} is in use by {who}: wait for it, or choose another --run-dir"
-                raise CannotWriteError(msg) from None
-        try:
-            write_text(holder, f"process {os.getpid()} on {os.uname().nodename}")
+        with ExitStack() as held:
+            with writing(path):
+                try:
+                    held.enter_context(exclusive(path, wait=False, stop_when_lost=True))
+                except HeldError as error:
+                    msg = (
+                        f"{self.root} is in use by {error.holder}: wait for it, or choose another "
+                        "--run-dir"
+                    )
+                    raise CannotWriteError(msg) from None
             yield
-        finally:
-            lock.release()
 
     def append_rung(self, rung: Rung) -> None:
         """Add a line to probes.jsonl that is on the disk when this returns."""
-        line = json.dumps(rung.to_json(), sort_keys=True) + "\n"
-        with writing(self.probes):
-            descriptor = os.open(self.probes, os.O_RDWR | os.O_APPEND | os.O_CREAT, _PRIVATE_FILE)
-            with os.fdopen(descriptor, "r+b") as file:
-                _end_torn_line(file.fileno())
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
+        append_line(self.probes, rung.to_json(), durably=True)
 
     def read_rungs(self) -> list[Rung]:
         """Read probes.jsonl; a line torn by a kill while it was written is left out."""
@@ -169,6 +162,23 @@ class RunDir:
             return []
         lines = self.probes.read_bytes().splitlines()
         return [rung for rung in map(_parse_rung, lines) if rung is not None]
+
+
+def append_line(path: Path, document: Mapping[str, Any], *, durably: bool) -> None:
+    """Add a document as a line of its own, whatever a kill has left before it.
+
+    Raises:
+        CannotWriteError: it cannot be written.
+    """
+    line = json.dumps(document, sort_keys=True) + "\n"
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, _PRIVATE_FILE)
+        with os.fdopen(descriptor, "r+b") as file:
+            _end_torn_line(file.fileno())
+            file.write(line.encode())
+            file.flush()
+            if durably:
+                os.fsync(file.fileno())
 
 
 def _end_torn_line(descriptor: int) -> None:

@@ -130,7 +130,7 @@ for scenario, arguments in json.loads(Path(sys.argv[1]).read_text()):
     Path(os.environ["NVML_SCENARIO"]).write_text(scenario)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = cli._autotune.main(arguments, standalone_mode=False)
+        code = cli.group.main(arguments, standalone_mode=False)
     print(json.dumps([code or 0, out.getvalue()]), flush=True)
 """
 """Commands one after the other, each on its machine; what they import is imported once."""

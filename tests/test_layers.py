@@ -33,9 +33,29 @@ LAYERS = (
         "recovery",
         "verify",
     ),
-    ("rundir", "environment", "processes", "session", "model_source", "builtin", "chatglm3"),
+    (
+        "lease",
+        "rundir",
+        "environment",
+        "processes",
+        "session",
+        "model_source",
+        "builtin",
+        "chatglm3",
+    ),
+    ("events", "status"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
-    ("intake", "documents", "handoff", "virtual_judge", "outcome_cache", "report", "exporting", "doctor"),
+    (
+        "intake",
+        "documents",
+        "handoff",
+        "virtual_judge",
+        "outcome_cache",
+        "report",
+        "exporting",
+        "doctor",
+        "chronicle",
+    ),
     ("pipeline", "rehearse"),
     ("cli",),
 )
@@ -57,6 +77,8 @@ BESIDE = {
     "user_config": {"config"},
     "model_source": {"builtin", "chatglm3", "environment", "rundir"},
     "chatglm3": {"rundir"},
+    "rundir": {"lease"},
+    "status": {"events"},
     "processes": {"session"},
     "engine": {"dataset"},
     "profile": {"engine"},
@@ -67,6 +89,7 @@ BESIDE = {
     "handoff": {"intake"},
     "virtual_judge": {"intake"},
     "outcome_cache": {"intake"},
+    "chronicle": {"intake"},
     "rehearse": {"pipeline"},
 }
 """What a part may import from its own layer."""
@@ -74,7 +97,7 @@ BESIDE = {
 ENGINE_ROOMS = (
     *("engine", "profile", "probe.worker"),
     *("train.entry", "train.adapters", "train.metrics", "train.state", "train.eight_bit"),
-    *("train.stopping", "train.trainer", "train.weights"),
+    *("train.stopping", "train.trainer", "train.weights", "train.progress"),
 )
 HOMES = {
     "torch": ENGINE_ROOMS,
@@ -87,11 +110,12 @@ HOMES = {
     "optuna": ("tune",),
     "optuna_dashboard": ("tune",),
     "jinja2": ("dataset", "report"),
+    "sqlalchemy": ("tune",),
     "click": ("cli",),
 }
 """Libraries that are imported only in these parts, at the top of a module or inside a function."""
 
-HEAVY = ("torch", "transformers", "deepspeed", "bitsandbytes", "optuna")
+HEAVY = ("torch", "transformers", "deepspeed", "bitsandbytes", "optuna", "sqlalchemy")
 
 
 def _name_of(path: Path) -> str:

@@ -13,6 +13,8 @@ import psutil
 import pytest
 from conftest import autotune, write_rows
 
+from autotune.events import KINDS
+
 CONTRACT = {
     "run.json",
     "hardware.json",
@@ -29,6 +31,7 @@ CONTRACT = {
     "dataset",
     "training",
     "model",
+    "events.jsonl",
     "status.json",
     "result.json",
     "report.html",
@@ -111,6 +114,27 @@ def test_the_result_says_what_was_chosen_and_gained(run_dir: Path) -> None:
     assert result["tuning_seconds"] > 0
     assert result["training_seconds"] > 0
     assert read(run_dir / "status.json")["phase"] == "done"
+
+
+def test_events_tell_what_happened_and_the_status_follows(run_dir: Path) -> None:
+    events = lines(run_dir / "events.jsonl")
+    kinds = [event["event"] for event in events]
+
+    assert (kinds[0], kinds[-1]) == ("run_started", "run_ended")
+    phases = [event["phase"] for event in events if event["event"] == "phase"]
+    assert phases == ["detect", "profile", "tune", "emit", "train"]
+    assert set(kinds) <= set(KINDS)
+    assert kinds.count("rung") == len(lines(run_dir / "probes.jsonl"))
+    assert kinds.count("probe_started") == kinds.count("probe_ended") >= 3
+    assert kinds.count("step") == 6
+    assert "checkpoint" in kinds
+    over = {event["what"] for event in events if event["event"] == "progress"}
+    assert over >= {"data", "ops", "model"}
+    told = [event for event in events if event["event"] == "chosen"]
+    assert [event["setting"] for event in told] == [read(run_dir / "result.json")["setting"]]
+    status = read(run_dir / "status.json")
+    assert (status["exit_code"], status["exit_reason"]) == (0, "trained")
+    assert status["training"]["step"] == 6
 
 
 def test_the_training_lowers_the_loss(run_dir: Path) -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "Find the fastest setting that fits, and train with it.",
     "tune": "Find the fastest setting that fits, without training.",
     "train": "Train with the setting that was found; goes on from the last checkpoint.",
+    "status": "Show where a run is, or watch it until it ends.",
     "plan": "Show which settings fit and how fast they may be, without probing.",
     "estimate": "Estimate memory and speed of one setting.",
     "report": "Write the report of a run and print where it is.",
@@ -83,9 +84,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - 
 
 def _run() -> int:
     try:
-        group.main(standalone_mode=False)
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
+        # What a command exits with, if it does so before its end, is what click returns then.
+        code = group.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -96,4 +96,4 @@ def _run() -> int:
         traceback.print_exc()
         click.echo("autotune: this is a bug; please report the lines above", err=True)
         return 1
-    return 0
+    return code if isinstance(code, int) else 0

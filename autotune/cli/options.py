@@ -31,6 +31,11 @@ dry_run = click.option(
 )
 
 
+quiet = click.option(
+    "--quiet", "-q", is_flag=True, help="Nothing on the way: only the result, and errors."
+)
+
+
 gpus = click.option(
     "--gpus",
     "gpus",

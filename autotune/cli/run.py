@@ -1,41 +1,42 @@
 """`autotune run`, and what `tune` shares with it."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from autotune.cli.live import view
 from autotune.cli.options import (
     as_json,
     config_file,
     dry_run,
     echo_json,
+    quiet,
     require_dataset,
     resolve_options,
     shared,
 )
 from autotune.cli.summary import result_text
 
+if TYPE_CHECKING:
+    from autotune.intake import Question
+
 
 @click.command(name="run")
 @shared()
 @config_file
 @dry_run
+@quiet
 @as_json
-def command(config: Path | None, *, dry_run: bool, as_json: bool, **flags: Any) -> None:  # noqa: ANN401
+def command(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
     """Find the fastest setting that fits, emit its DeepSpeed config, and train with it."""
-    execute(flags, config, dry_run=dry_run, as_json=as_json, with_training=True)
+    execute(flags, config, with_training=True)
 
 
-def execute(
-    flags: dict[str, Any],
-    config: Path | None,
-    *,
-    dry_run: bool,
-    as_json: bool,
-    with_training: bool,
-) -> None:
+def execute(flags: dict[str, Any], config: Path | None, *, with_training: bool) -> None:
     """Run the stages and print the result."""
+    dry_run, quiet, as_json = (flags.pop(name) for name in ("dry_run", "quiet", "as_json"))
     from autotune import intake, pipeline
     from autotune.cli.plan import show_plan
 
@@ -44,23 +45,29 @@ def execute(
     question = intake.ask(options)
     run = pipeline.Run(question, pipeline.choose_run_dir(question))
     if (done := run.finished(with_training=with_training)) is not None:
-        click.echo(f"{run.dir.root} is finished; this is its result", err=True)
+        if not quiet:
+            click.echo(f"{run.dir.root} is finished; this is its result", err=True)
         result = done
     elif dry_run:
         show_plan(question, as_json=as_json)
         return
     else:
-        for note in (*question.cluster.notes, *question.notes):
+        for note in () if quiet else _notes(question, run.dir.root):
             click.echo(note, err=True)
-        if question.source.name.startswith("builtin:"):
-            click.echo(
-                f"{question.source.name} is a small demo model with random weights, trained from "
-                "scratch: name another with --model",
-                err=True,
-            )
-        click.echo(f"run directory {run.dir.root}", err=True)
-        result = run.execute(with_training=with_training)
+        with view(quiet=quiet) as listeners:
+            result = run.execute(with_training=with_training, listeners=listeners)
     if as_json:
         echo_json(result)
     else:
         click.echo(result_text(result))
+
+
+def _notes(question: "Question", run_dir: Path) -> Iterator[str]:
+    """Yield what a user should know before it begins."""
+    yield from (*question.cluster.notes, *question.notes)
+    if question.source.name.startswith("builtin:"):
+        yield (
+            f"{question.source.name} is a small demo model with random weights, trained from "
+            "scratch: name another with --model"
+        )
+    yield f"run directory {run_dir}"

@@ -4,15 +4,17 @@ from pathlib import Path
 
 import click
 
-from autotune.cli.options import as_json, dry_run, echo_json, recorded_options
+from autotune.cli.live import view
+from autotune.cli.options import as_json, dry_run, echo_json, quiet, recorded_options
 from autotune.cli.summary import result_text
 
 
 @click.command(name="train")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @dry_run
+@quiet
 @as_json
-def command(run_dir: Path, *, dry_run: bool, as_json: bool) -> None:
+def command(run_dir: Path, *, dry_run: bool, quiet: bool, as_json: bool) -> None:
     """Train with the setting that a run found; goes on from the last checkpoint."""
     from autotune import pipeline
     from autotune.rundir import RunDir
@@ -21,7 +23,9 @@ def command(run_dir: Path, *, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         click.echo(f"bash {run.dir.launch_script}")
         return
-    result = run.finished(with_training=True) or run.execute(with_training=True)
+    if (result := run.finished(with_training=True)) is None:
+        with view(quiet=quiet) as listeners:
+            result = run.execute(with_training=True, listeners=listeners)
     if as_json:
         echo_json(result)
     else:

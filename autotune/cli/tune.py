@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from autotune.cli.options import as_json, config_file, dry_run, shared
+from autotune.cli.options import as_json, config_file, dry_run, quiet, shared
 from autotune.cli.run import execute
 
 
@@ -13,7 +13,8 @@ from autotune.cli.run import execute
 @shared()
 @config_file
 @dry_run
+@quiet
 @as_json
-def command(config: Path | None, *, dry_run: bool, as_json: bool, **flags: Any) -> None:  # noqa: ANN401
+def command(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
     """Find the fastest setting that fits and emit its DeepSpeed config; train later with it."""
-    execute(flags, config, dry_run=dry_run, as_json=as_json, with_training=False)
+    execute(flags, config, with_training=False)

@@ -22,6 +22,7 @@ from autotune.dataset.sources import Rules, Source
 from autotune.dataset.tokenizer import tokenizer_hash
 from autotune.dataset.workers import makers
 from autotune.errors import ConfigError, DatasetError, InputMissingError, UsageError
+from autotune.events import IN_VIEW
 from autotune.workload import DatasetProfile
 
 _SAMPLE_ROWS = 200
@@ -92,7 +93,7 @@ def prepare(  # noqa: PLR0913 - the one entry, by keyword
     ]
     with RowsWriter(output) as writer:
         tally = Tally()
-        clock = _Clock(sources, watch or _log_progress)
+        clock = _Clock(sources, watch or log_progress)
         for source, recipe in zip(sources, recipes, strict=True):
             _write_source(source, recipe, rules, writer, tally, clock)
         tally.require_rows(sources, max_seq_length)
@@ -308,10 +309,11 @@ class _ProgressLog:
             progress.rows,
             progress.rows_per_s,
             "" if left is None else f", {left:.0f} s left",
+            extra=IN_VIEW,
         )
 
 
-_log_progress = _ProgressLog()
+log_progress = _ProgressLog()
 
 
 def _write_source(

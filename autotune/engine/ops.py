@@ -1,8 +1,8 @@
-"""DeepSpeed's compiled ops, built and loaded under a lock that ends with whoever holds it.
+"""DeepSpeed's compiled ops, built and loaded under a lease, which does not outlive its holder.
 
 torch guards a build by a file `lock` in the op's directory. A process that is killed meanwhile
 leaves it behind, and every later one waits on it for ever. Here none of ours touches that file
-without holding a lock of the kernel's, so one that is there all the same is a dead process's.
+without holding the lease, so one that is there all the same is a dead process's.
 """
 
 import logging
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_log = logging.getLogger(__name__)
+from autotune.lease import exclusive
 
-_POLL_S = 0.01
+_log = logging.getLogger(__name__)
 
 
 def needed_ops(device_kind: str, ds_config: dict[str, Any]) -> tuple[str, ...]:
@@ -27,15 +27,14 @@ def needed_ops(device_kind: str, ds_config: dict[str, Any]) -> tuple[str, ...]:
 
 def load_ops(names: Sequence[str]) -> None:
     """Load the ops, built first where they are not; DeepSpeed finds them loaded from then on."""
-    import filelock
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory
 
     for name in names:
         builder = get_accelerator().create_op_builder(name)
         directory = Path(_get_build_directory(builder.name, verbose=False))
-        lock = directory.parent / f"{builder.name}.autotune-lock"
-        with filelock.FileLock(lock, mode=0o600, poll_interval=_POLL_S):
+        lock = directory.parent / f"{builder.name}.autotune-lease"
+        with exclusive(lock, wait=True):
             _remove_stale(directory / "lock")
             builder.load(verbose=False)
 

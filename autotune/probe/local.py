@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class LocalProber:
     Ranks are forked from the warm server. Where the first of them cannot use its device after the
     fork, this probe and all later ones start cold. A given `launcher` is kept to. What GPUs do
     meanwhile the `monitor` tells: where one goes wrong the probe is invalid.
+    `watch` is told of each phase that all ranks of a probe have reached.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LocalProber:
         memory: DeviceMemory | None = None,
         monitor: GpuMonitor | None = None,
         scratch_dir: Path | None = None,
+        watch: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._log_dir = log_dir
         self._deadlines = deadlines or Deadlines()
@@ -65,6 +67,7 @@ class LocalProber:
         self._monitor = monitor
         self._faults: list[str] = []
         self._scratch_dir = scratch_dir
+        self._watch = watch
 
     def probe(self, request: ProbeRequest) -> Generator[RungMeasurement | RungFailure]:
         """Yield each rung as it is measured; a failure, if there is one, comes last.
@@ -107,7 +110,7 @@ class LocalProber:
                 self._monitor.begin()
             running = _RunningProbe(errand, self._launcher, self._monitor)
             try:
-                for answer in running.follow(self._deadlines):
+                for answer in running.follow(self._deadlines, self._watch):
                     if (fault := self._fault_instead(answer)) is not None:
                         yield fault
                         return
@@ -181,7 +184,9 @@ class _RunningProbe:
         self._kills_before = kernel_memory_kills()
         self._ranks = launcher.start(errand)
 
-    def follow(self, deadlines: Deadlines) -> Iterator[RungMeasurement | RungFailure]:
+    def follow(
+        self, deadlines: Deadlines, watch: Callable[[str], None]
+    ) -> Iterator[RungMeasurement | RungFailure]:
         started = last_sign = entered = time.monotonic()
         phase = self._phase()
         merged: list[RungMeasurement] = []
@@ -205,6 +210,7 @@ class _RunningProbe:
             now = time.monotonic()
             if self._phase() != phase:
                 phase, entered = self._phase(), now
+                watch(phase)
             place = len(merged)
             deadline = deadlines.of(
                 phase, self._request.rungs[place], merged[-1] if merged else None

@@ -66,15 +66,21 @@ def benched(device_kind: str, threads: int, ranks: int, logs: Path) -> dict[str,
     )
 
 
-def build_ops(names: Sequence[str], log: Path) -> None:
-    """Build DeepSpeed ops, named by their builders, once, in a process of its own.
+def build_ops(
+    names: Sequence[str], log: Path, watch: Callable[[int, str], None] = lambda *_: None
+) -> None:
+    """Build DeepSpeed ops, named by their builders, once, each in a process of its own.
 
-    Another run that builds them in the same cache is waited for.
+    Another run that builds them in the same cache is waited for. `watch` is told how many are
+    there and which is built next.
 
     Raises:
         SetupFaultError: an op cannot be built.
     """
-    _checked(_ask(_build_ops, tuple(names), log=log), "build DeepSpeed's ops")
+    for place, name in enumerate(names):
+        watch(place, name)
+        _checked(_ask(_build_ops, (name,), log=log), "build DeepSpeed's ops")
+    watch(len(names), "")
 
 
 def rebalanced(

@@ -13,11 +13,10 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from transformers import AutoTokenizer
 
@@ -27,11 +26,13 @@ from autotune.engine.batches import RowDataset
 from autotune.engine.device import enter_rank
 from autotune.engine.ops import load_ops, needed_ops
 from autotune.engine.trainer import build_trainer
+from autotune.lease import exclusive
 from autotune.processes import die_with_parent
 from autotune.rundir import write_json
 from autotune.train.adapters import adapters_dir, merge, with_base
 from autotune.train.deaths import STOPPED, STOPPED_CODE, write_death
 from autotune.train.metrics import MetricsLog
+from autotune.train.progress import Progress
 from autotune.train.stopping import StepBoundary, StopRequest
 from autotune.train.trainer import COMPLETE, ResumableTrainer, last_checkpoint
 from autotune.workload import TrainSpec
@@ -97,7 +98,10 @@ def train(
             base = adapters_dir(spec, model_dir) if spec.lora else output_dir
             with cap.lifted():
                 spec = with_base(spec, base / "base")
-        trainer = _trainer(spec, ds_config)
+        progress = Progress(output_dir, writes=torch.distributed.get_rank() == 0)
+        with progress.loading():
+            trainer = _trainer(spec, ds_config)
+        trainer.progress = progress
         trainer.memory_cap = cap
         metrics = MetricsLog(output_dir, meter, trainer)
         boundary = StepBoundary(request, spec.save_every_s)
@@ -125,20 +129,15 @@ def _alone(output_dir: Path) -> Iterator[None]:
 
     One whose controller was killed saves a checkpoint before it ends.
     """
-    rank = torch.distributed.get_rank()
-    lock = filelock.FileLock(output_dir / ".lock", mode=0o600)
-    if rank == 0:
-        lock.acquire()
-        for path in output_dir.glob("checkpoint-*"):
-            if not (path / COMPLETE).exists():
-                shutil.rmtree(path)
-        (output_dir / STOPPED).unlink(missing_ok=True)
-    torch.distributed.barrier()
-    try:
+    with ExitStack() as held:
+        if torch.distributed.get_rank() == 0:
+            held.enter_context(exclusive(output_dir / ".lock", wait=True))
+            for path in output_dir.glob("checkpoint-*"):
+                if not (path / COMPLETE).exists():
+                    shutil.rmtree(path)
+            (output_dir / STOPPED).unlink(missing_ok=True)
+        torch.distributed.barrier()
         yield
-    finally:
-        if rank == 0:
-            lock.release()
 
 
 def _stage(ds_config: dict[str, Any]) -> int:

@@ -18,6 +18,7 @@ import psutil
 from autotune.errors import InterruptedRunError, TrainingFailedError
 from autotune.processes import temporary_dir
 from autotune.train.deaths import STOPPED, take_deaths
+from autotune.train.progress import PROGRESS
 
 _TERMINATE_GRACE_S = 15.0
 _POLL_S = 0.25
@@ -68,8 +69,15 @@ class Training:
         self._output_dir = output_dir
         self._slowest_step_s: float | None = None
 
-    def run(self, progress: Callable[[dict[str, Any]], None]) -> Ended:
-        """Run until it ends; `progress` gets the line of each step that is taken.
+    def run(
+        self,
+        progress: Callable[[dict[str, Any]], None],
+        watch: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    ) -> Ended:
+        """Run until it ends.
+
+        `progress` gets the line of each step that is taken; `watch` again and again the lines, if
+        any, that ranks have written of loading the model and saving checkpoints.
 
         However this is left, no process of the training is.
 
@@ -81,13 +89,16 @@ class Training:
         take_deaths(self._output_dir)
         (self._output_dir / STOPPED).unlink(missing_ok=True)
         log_start = self._log.stat().st_size if self._log.exists() else 0
-        follower = _Follower(self._output_dir / "metrics.jsonl")
+        steps = _Follower(self._output_dir / "metrics.jsonl")
+        others = _Follower(self._output_dir / PROGRESS)
         process = self._start()
         try:
-            while process.poll() is None:
+            is_over = False
+            while not is_over:
                 time.sleep(_POLL_S)
-                self._hand_on(follower, progress)
-            self._hand_on(follower, progress)
+                is_over = process.poll() is not None
+                watch(others.new_lines())
+                self._hand_on(steps, progress)
         except (InterruptedRunError, TrainingFailedError):
             self._stop(process)
             raise

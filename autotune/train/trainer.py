@@ -14,6 +14,7 @@ from autotune.engine.sampling import GlobalBatches, StepShape
 from autotune.engine.trainer import TunedTrainer, count_trained
 from autotune.rundir import write_text
 from autotune.setting import REBALANCE
+from autotune.train.progress import CHECKPOINT, Progress
 from autotune.train.state import load_state, save_state
 
 COMPLETE = "complete"
@@ -27,9 +28,11 @@ class ResumableTrainer(TunedTrainer):
         probed_tokens: padded tokens of the largest micro-batch that was probed; before a step that
             has a larger one, a checkpoint is saved.
         shape: of the step at work.
+        progress: is told of checkpoints.
     """
 
     probed_tokens: float = math.inf
+    progress: Progress | None = None
     shape: StepShape | None = None
     _step_started: float = 0.0
     _saved_step: int | None = None
@@ -153,6 +156,7 @@ class ResumableTrainer(TunedTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401 - Trainer's signature
         """Save a checkpoint, mark it once all ranks have written, and only then remove others."""
+        self._tell_checkpoint(0)
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -168,6 +172,11 @@ class ResumableTrainer(TunedTrainer):
                 save_total_limit=keep,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+        self._tell_checkpoint(1)
+
+    def _tell_checkpoint(self, complete: int) -> None:
+        if self.progress is not None:
+            self.progress.tell(CHECKPOINT, complete, 1, str(self.state.global_step))
 
     def uncapped(self) -> AbstractContextManager[None]:
         """Let go of the memory cap for work on the host."""

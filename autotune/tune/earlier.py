@@ -11,6 +11,17 @@ _AGREEMENT = 0.1
 """How far (in logarithm) the best may be off what an earlier run measured, for that to hold."""
 
 
+def holds(rung: Rung, had_bytes: int, budget_bytes: int) -> bool:
+    """Tell whether an outcome on devices that had so much memory is one where so much is there.
+
+    What ran out of memory says nothing where there is more now, and what was measured nothing where
+    it would not fit.
+    """
+    if isinstance(rung.outcome, Measured):
+        return rung.outcome.peak_bytes <= budget_bytes
+    return budget_bytes <= had_bytes
+
+
 def unverified(rungs: Sequence[Rung]) -> Setting | None:
     """Return the best setting of earlier runs; None if it was verified, or there is none."""
     if any(rung.purpose == "verification" and not rung.cached for rung in rungs):
@@ -29,11 +40,16 @@ def trustworthy(rungs: Sequence[Rung]) -> list[Rung]:
     ]
     if best is None or not checks or _agree(best, in_one(checks)):
         return list(rungs)
-    return [rung for rung in rungs if not rung.cached]
+    return [rung for rung in rungs if not rung.cached or rung.job]
 
 
 def _best_cached(rungs: Sequence[Rung]) -> Rung | None:
-    measured = [rung for rung in rungs if rung.cached and isinstance(rung.outcome, Measured)]
+    # What another job measures now is no earlier run's.
+    measured = [
+        rung
+        for rung in rungs
+        if rung.cached and not rung.job and isinstance(rung.outcome, Measured)
+    ]
     return max(measured, key=_speed, default=None)
 
 

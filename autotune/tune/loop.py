@@ -24,10 +24,40 @@ from autotune.tune.earlier import trustworthy, unverified
 from autotune.tune.faults import refuse_set_up_fault, worth_knowing
 from autotune.tune.finals import Finals, finals
 from autotune.tune.judge import Judge
-from autotune.tune.search import OUTCOMES, PRIOR, Search, distributions, new_study
+from autotune.tune.others import Nobody, Others
+from autotune.tune.search import OUTCOMES, PRIOR, Search, as_trial, distributions, new_study
 from autotune.units import format_bytes
 
 _log = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+"""How often it is looked whether other jobs are through."""
+
+
+class Watch(Protocol):
+    """Who looks on."""
+
+    def begins(self, ladder: Sequence[Setting], purpose: Purpose) -> None:
+        """Be told that a probe of these settings is started."""
+        ...
+
+    def ends(self) -> None:
+        """Be told that its ranks are gone."""
+        ...
+
+    def waits(self, at_work: Sequence[Structure]) -> None:
+        """Be told that nothing is left to try but what other jobs are at."""
+        ...
+
+
+class Blind:
+    """Looks on at nothing."""
+
+    def begins(self, ladder: Sequence[Setting], purpose: Purpose) -> None: ...
+
+    def ends(self) -> None: ...
+
+    def waits(self, at_work: Sequence[Structure]) -> None: ...
 
 
 class ProbeSite(Protocol):
@@ -67,6 +97,8 @@ class Tuner:
         known: outcomes of earlier runs, in their order.
         record: told of each outcome before anything follows from it.
         judge: asked about what is in doubt to fit.
+        others: jobs that share the study.
+        watch: told of each probe before it is started, and when it is over.
         parameters, steps, thrifty: as of `Search`.
         sampler: what proposes structures, by name (see `SAMPLERS`).
         seed: of samplers that draw.
@@ -81,6 +113,8 @@ class Tuner:
         *,
         record: Callable[[Rung], None],
         judge: Judge | None = None,
+        others: Others | None = None,
+        watch: Watch | None = None,
         clock: Callable[[], float] = time.monotonic,
         parameters: int = 0,
         steps: int | None = None,
@@ -96,6 +130,8 @@ class Tuner:
         self._site = site
         self._record = record
         self._judge = judge
+        self._others: Others = others or Nobody()
+        self._watch: Watch = watch or Blind()
         self._clock = clock
         self._deadline = math.inf
         self._starts_s: list[float] = []
@@ -108,19 +144,42 @@ class Tuner:
             InterruptedRunError: stopped from outside; the outcomes so far are kept.
         """
         self._deadline = self._clock() + (math.inf if budget_s is None else budget_s)
-        if not self._out_of_time():
+        if not self._out_of_time() and not self._others.are_there:
             self._verify()
         stopped_by = None
         while stopped_by is None:
+            at_work = self._hear()
             structure = self.search.next_structure()
-            stopped_by = self._reason_to_stop(structure, max_probes)
+            stopped_by = self._reason_to_stop(structure, max_probes, at_work)
+            if stopped_by is not None and at_work and not self._out_of_time():
+                self._wait_for(at_work)
+                stopped_by = None
+                continue
             if structure is None or stopped_by is not None or self._is_ruled_out(structure):
                 continue
             self._probe(self.study.ask(self._knobs))
-            refuse_set_up_fault(self.search.rungs)
+            refuse_set_up_fault([rung for rung in self.search.rungs if not rung.job])
         refuse_set_up_fault(self.search.rungs, at_least=1)
-        self._tell_finalists_apart()
+        if not self._others.are_there:
+            self._tell_finalists_apart()
+        self._others.finish()
         return self._tuned(stopped_by)
+
+    def _hear(self) -> frozenset[Structure]:
+        """Learn what other jobs have found out; returns what they are at."""
+        seen = self._others.look()
+        for rung in seen.news:
+            self._record(rung)
+            _log.info("%s, on another job: %s", rung.setting.label(), describe(rung))
+        self.search.hear(seen.news, seen.at_work)
+        for structure in dict.fromkeys(rung.setting.structure for rung in seen.news):
+            self.study.add_trial(as_trial(structure, self.search))
+        return seen.at_work
+
+    def _wait_for(self, at_work: frozenset[Structure]) -> None:
+        """Give others a moment: what they probe may be better, or leave more to try."""
+        self._watch.waits(sorted(at_work))
+        time.sleep(_POLL_S)
 
     def _verify(self) -> None:
         """Measure what an earlier run found best; if it is not so here, its outcomes are left."""
@@ -155,6 +214,7 @@ class Tuner:
 
     def _measure_again(self, setting: Setting, purpose: Purpose) -> None:
         request = self._site.request([setting])
+        self._watch.begins([setting], purpose)
         try:
             with contextlib.closing(self._prober.probe(request)) as answers:
                 for answer in answers:
@@ -163,9 +223,14 @@ class Tuner:
             outcome = Interrupted(evidence="the run was stopped from outside")
             self._learn(replace(self._as_rung(setting, outcome, 0.0), purpose=purpose))
             raise
+        finally:
+            self._watch.ends()
 
-    def _reason_to_stop(self, structure: Structure | None, max_probes: int) -> str | None:
-        probed = self.search.probed
+    def _reason_to_stop(
+        self, structure: Structure | None, max_probes: int, at_work: frozenset[Structure]
+    ) -> str | None:
+        by_others = {rung.setting.structure for rung in self.search.rungs if rung.job}
+        probed = at_work | by_others | set(self.search.probed)
         if structure is None:
             return "nothing to gain"
         if structure not in probed and len(probed) >= max_probes:
@@ -200,18 +265,25 @@ class Tuner:
 
     def _probe(self, trial: Trial) -> None:
         structure = Structure(**trial.params)
-        ladder = self.search.ladder(structure)
-        first = ladder[0].micro_batch_size
-        _log.info("probing %s from micro-batch %d up", structure.label(), first)
+        if not self._others.claim(structure):
+            self.study.tell(trial, state=TrialState.FAIL)
+            return
         try:
-            self._climb(trial, ladder)
+            # Another job may have been through with it before it was claimed.
+            self._hear()
+            if ladder := self.search.ladder(structure):
+                first = ladder[0].micro_batch_size
+                _log.info("probing %s from micro-batch %d up", structure.label(), first)
+                self._climb(trial, ladder)
         finally:
             self._tell(trial, structure)
+            self._others.release()
 
     def _climb(self, trial: Trial, ladder: Sequence[Setting]) -> None:
         """Learn from rung after rung; the one at work when a stop comes in is interrupted."""
         at_work = {setting.micro_batch_size: setting for setting in ladder}
         started = self._clock()
+        self._watch.begins(ladder, "search")
         try:
             with contextlib.closing(self._prober.probe(self._site.request(ladder))) as answers:
                 for answer in answers:
@@ -225,6 +297,8 @@ class Tuner:
             for setting in list(at_work.values())[:1]:
                 self._learn(self._as_rung(setting, outcome, 0.0))
             raise
+        finally:
+            self._watch.ends()
 
     def _is_enough(self, trial: Trial, answer: RungMeasurement | RungFailure) -> bool:
         speeds = self.search.speeds(Structure(**trial.params))
@@ -258,6 +332,7 @@ class Tuner:
     def _learn(self, rung: Rung) -> None:
         self._record(rung)
         self.search.learn(rung)
+        self._others.tell(rung)
         _log.info("%s: %s", rung.setting.label(), describe(rung))
 
     def _tuned(self, stopped_by: str) -> Tuned:

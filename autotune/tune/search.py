@@ -20,6 +20,7 @@ from autotune.plan import Plan
 from autotune.setting import RANDOM, Setting, Structure
 from autotune.tune.beliefs import in_one, update
 from autotune.tune.finals import finals
+from autotune.tune.liar import lies
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,7 +92,15 @@ class Search:
         self._steps = steps
         self._thrifty = thrifty
         self._too_large: list[int] = []
+        self._at_work: frozenset[Structure] = frozenset()
         self._update()
+
+    def hear(self, rungs: Sequence[Rung], at_work: frozenset[Structure]) -> None:
+        """Take in what other jobs have found out, and what they are at just now."""
+        if rungs or at_work != self._at_work:
+            self.rungs.extend(rungs)
+            self._at_work = at_work
+            self._update()
 
     def learn(self, rung: Rung) -> None:
         self.rungs.append(rung)
@@ -109,6 +118,8 @@ class Search:
 
     def _update(self) -> None:
         self.beliefs = update(self.plan, self.rungs, self._too_large)
+        if assumed := lies(self.plan, self.beliefs, self._at_work):
+            self.beliefs = update(self.plan, [*self.rungs, *assumed], self._too_large)
         self._improvement = self.beliefs.expected_improvement()
         corrected = self.plan.tokens_per_s / np.exp(self.beliefs.log_tokens_per_s)
         self._rung_s = rungs_s(self.plan) * corrected
@@ -131,7 +142,7 @@ class Search:
             return None
         if (begun := self._cut_short()) is not None:
             return begun
-        if not any(rung.setting.structure == self.default.structure for rung in self.rungs):
+        if not self._has_begun():
             return self.default.structure
         cost_s = self._probe_s()
         worth = self._gains(cost_s)
@@ -143,8 +154,13 @@ class Search:
 
     def has_choice(self) -> bool:
         """Whether another structure than that of `next_structure` may be probed as well."""
-        begun = any(rung.setting.structure == self.default.structure for rung in self.rungs)
-        return begun and self._cut_short() is None
+        return self._has_begun() and self._cut_short() is None
+
+    def _has_begun(self) -> bool:
+        """Whether the default's structure was probed, or is just now by another job."""
+        default = self.default.structure
+        probed = any(rung.setting.structure == default for rung in self.rungs)
+        return probed or default in self._at_work
 
     def open_structures(self) -> set[Structure]:
         """Return the structures that have something to try which may fit."""
@@ -439,11 +455,11 @@ def new_study(search: Search, sampler: str = PRIOR, seed: int = 0) -> Study:
         pruner=CannotWinPruner(search),
     )
     for structure in dict.fromkeys(rung.setting.structure for rung in search.rungs):
-        study.add_trial(_as_trial(structure, search))
+        study.add_trial(as_trial(structure, search))
     return study
 
 
-def _as_trial(structure: Structure, search: Search) -> FrozenTrial:
+def as_trial(structure: Structure, search: Search) -> FrozenTrial:
     speeds = search.speeds(structure)
     return optuna.trial.create_trial(
         params=asdict(structure),
