@@ -14,6 +14,7 @@ LAYERS = (
     ("errors", "units", "optimizer"),
     ("hardware", "workload", "setting", "outcome", "knobs"),
     (
+        "slurm",
         "space",
         "zero",
         "prune",
