@@ -51,7 +51,13 @@ from autotune.space import (
 from autotune.throughput import DrawnRows, Ints, Rebalanced
 from autotune.units import MIB, format_count
 from autotune.user_config import read_user_config
-from autotune.variants import may_rebalance, with_frugal, with_overlap, with_rebalancing
+from autotune.variants import (
+    may_rebalance,
+    with_frugal,
+    with_overlap,
+    with_partition,
+    with_rebalancing,
+)
 from autotune.workload import DatasetProfile, Job, Lora, ModelProfile, Trace
 
 if TYPE_CHECKING:
@@ -414,6 +420,7 @@ def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Wor
         return make_plan(space, profile, job, cluster, rates, drawn)
 
     plan = with_overlap(estimate(space), estimate, cluster, question.pins)
+    plan = with_partition(plan, estimate, cluster, question.pins)
     if drawn.rebalanced:
         plan = with_rebalancing(plan, estimate, question.pins)
     plan = with_frugal(plan, estimate, profile, question.pins)
@@ -700,6 +707,8 @@ def _named_rates(named: NamedHardware, precision: str) -> Rates:
         link_bytes_per_s=rates.link_bytes_per_s,
         host_memory_bytes_per_s=rates.host_memory_bytes_per_s,
         collective_overhead_s=rates.collective_overhead_s,
+        node_link_bytes_per_s=rates.node_link_bytes_per_s,
+        node_collective_overhead_s=rates.node_collective_overhead_s,
     )
 
 

@@ -102,6 +102,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("stage3_param_persistence_threshold", _whole(0), "a whole number of elements", (3,)),
     Knob("threads_per_rank", _whole(1), "a whole number of threads"),
     Knob("loss", _one_of(WHOLE, CHUNKED), f"{WHOLE}, {CHUNKED}"),
+    Knob("zero_hpz_partition_size", _whole(1), "a whole number of ranks", (3,)),
 )
 """Every knob that can be pinned; a test holds them against the fields of Structure."""
 

@@ -210,8 +210,10 @@ class Plan:
 
 
 def host_budget_bytes(cluster: Cluster) -> int:
-    """Return the host memory that all ranks of a host may take together."""
-    return cluster.host.available_bytes if cluster.host else _UNKNOWN_HOST_BYTES
+    """Return the host memory that all ranks may take together, of all nodes."""
+    if cluster.host is None:
+        return _UNKNOWN_HOST_BYTES
+    return cluster.host.available_bytes * cluster.num_nodes
 
 
 def make_plan(
@@ -324,12 +326,17 @@ def _added(space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rate
     """
     size = job.compute_bytes
     communications = [
-        predicted_communication(profile, structure, space.ranks, rates, size)
+        predicted_communication(
+            profile, structure, space.ranks, rates, size, cluster.ranks_per_node
+        )
         for structure in space.structures
     ]
     added = [
         (
-            (talk.forward_s + talk.backward_s, talk.last_backward_s + talk.update_s),
+            (
+                talk.forward_s + talk.backward_s,
+                talk.first_forward_s + talk.last_backward_s + talk.update_s,
+            ),
             predicted_offload_s(profile, structure, cluster, rates, size),
             (0.0, predicted_update_s(profile, structure, cluster, rates, job.optimizer)),
         )

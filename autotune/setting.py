@@ -69,6 +69,8 @@ class Structure:
         stage3_prefetch_bucket_size: elements that stage 3 gathers ahead; `BY_MODEL` is two layers.
         stage3_param_persistence_threshold: elements up to which stage 3 leaves a parameter whole.
         threads_per_rank: of a rank on a CPU; `THREADS_DETECTED` leaves it to the cluster.
+        zero_hpz_partition_size: ranks in a row that have all weights of stage 3 among them too, so
+            that most gathers stay with them; 1 leaves the weights to all ranks together.
     """
 
     zero_stage: int
@@ -84,6 +86,7 @@ class Structure:
     stage3_param_persistence_threshold: int = DEFAULT_PERSISTENCE_THRESHOLD
     threads_per_rank: int = THREADS_DETECTED
     loss: str = WHOLE
+    zero_hpz_partition_size: int = 1
 
     def __post_init__(self) -> None:
         if self.overlap_comm not in {True, False}:
@@ -127,6 +130,7 @@ class Structure:
             ),
             "threads_per_rank": f"threads-{self.threads_per_rank}",
             "loss": f"{self.loss}-loss",
+            "zero_hpz_partition_size": f"hpz-{self.zero_hpz_partition_size}",
         }
         return tuple(
             word for knob, word in words.items() if getattr(self, knob) != getattr(plain, knob)
@@ -154,6 +158,7 @@ _LATER_KNOBS = frozenset(
         "stage3_param_persistence_threshold",
         "threads_per_rank",
         "loss",
+        "zero_hpz_partition_size",
     }
 )
 """What JSON has only where it says something, so that older settings keep their names."""

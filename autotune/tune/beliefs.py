@@ -357,6 +357,8 @@ def _savings(space: Space) -> Iterator[NDArray[Any]]:
         yield space.column(place) != "none"
     buckets = np.isin(space.column("zero_stage"), (1, 2))
     yield ~(np.asarray(space.column("overlap_comm"), dtype=bool) & buckets)
+    groups = space.column("zero_hpz_partition_size").astype(np.int64)
+    yield np.where(groups == 1, np.inf, groups)
     for size in _SIZES:
         values = space.column(size)
         yield -np.where(values == BY_MODEL, np.inf, values)
