@@ -78,3 +78,38 @@ def _ranges(text: str, token: str) -> list[tuple[range, int]]:
             raise ValueError(msg)
         found.append((range(int(first), int(last) + 1), len(first)))
     return found
+
+
+_NO_LIMIT = ("unlimited", "infinite")
+_PART_OF_TIME = re.compile(r"[0-9]{1,9}")
+_FORMS = "MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]]"
+
+
+def read_time_limit(text: str) -> int | None:
+    """Return the seconds of a time limit as `sbatch --time` takes it; None of one that is none.
+
+    Raises:
+        ValueError: it has none of Slurm's forms, or is zero.
+    """
+    if text.lower() in _NO_LIMIT:
+        return None
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    most = 3
+    if not all(map(_PART_OF_TIME.fullmatch, [*parts, days or "0"])) or len(parts) > most:
+        raise ValueError(_no_time_limit(text))
+    numbers = list(map(int, parts))
+    if dash:
+        hours, minutes, seconds = [*numbers, 0, 0][:most]
+    elif len(numbers) == most:
+        hours, minutes, seconds = numbers
+    else:
+        hours, minutes, seconds = [0, *numbers, 0][:most]
+    limit_s = 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
+    if not limit_s or (dash and not days):
+        raise ValueError(_no_time_limit(text))
+    return limit_s
+
+
+def _no_time_limit(text: str) -> str:
+    return f"{text!r} is no time limit: write {_FORMS}, or unlimited"

@@ -15,6 +15,8 @@ LAYERS = (
     ("hardware", "workload", "setting", "outcome", "knobs"),
     (
         "slurm",
+        "sbatch",
+        "kubernetes",
         "space",
         "zero",
         "prune",

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "Show which settings fit and how fast they may be, without probing.",
     "estimate": "Estimate memory and speed of one setting.",
     "rehearse": "Show how a search would go on hardware that need not be there.",
+    "submit": "Submit a run as a job of a cluster: Slurm, or a manifest for Kubernetes.",
     "data": "Show what a data file holds and how it is trained on.",
     "detect": "Show the devices and what of them may be used.",
 }
