@@ -255,7 +255,7 @@ bf16, recomputation counted: 0.59 (torchtune, A100), 0.62 (xtuner, A100), 0.58 t
 H100 and A100)."""
 
 _ACHIEVED_BANDWIDTH = 0.8
-_NODE_NETWORK_BYTES_PER_S = 25 * _GIGA
+NODE_NETWORK_BYTES_PER_S = 25 * _GIGA
 """Assumed between nodes: 200 Gbit/s and direction a node, shared by its devices."""
 _HOST_MEMORY_BYTES_PER_S = 150 * _GIGA
 """Assumed of a host: eight channels of DDR4-3200 at three quarters, shared by its devices."""
@@ -300,7 +300,12 @@ def _counts(gpus: Sequence[NodeGpus], nodes: int) -> list[int]:
     return [node.count for node in gpus] * (nodes if len(gpus) == 1 else 1)
 
 
-def named_rates(gpus: Sequence[NodeGpus], nodes: int, precision: str) -> Rates:
+def named_rates(
+    gpus: Sequence[NodeGpus],
+    nodes: int,
+    precision: str,
+    network_bytes_per_s: float = NODE_NETWORK_BYTES_PER_S,
+) -> Rates:
     """Return what a rank of the named GPUs may reach, from the table; nothing here is measured.
 
     A ring through all ranks enters and leaves each node once, so that it has the node's network to
@@ -310,7 +315,7 @@ def named_rates(gpus: Sequence[NodeGpus], nodes: int, precision: str) -> Rates:
     counts = _counts(gpus, nodes)
     flops = slowest.single_flops_per_s if precision == "fp32" else slowest.half_flops_per_s
     link = _ACHIEVED_BANDWIDTH * min(node.gpu.peer_bytes_per_s for node in gpus)
-    network = _ACHIEVED_BANDWIDTH * _NODE_NETWORK_BYTES_PER_S
+    network = _ACHIEVED_BANDWIDTH * network_bytes_per_s
     several, hops = len(counts) > 1, sum(counts) - len(counts)
     return Rates(
         matmul_flops_per_s=ACHIEVED_ARITHMETIC * flops,

@@ -20,7 +20,13 @@ from autotune.dataset.packing import require_separation
 from autotune.dataset.rows import REPORTED
 from autotune.dataset.splitting import num_held_out
 from autotune.detect import detect
-from autotune.devices import NodeGpus, canonical_name, named_cluster, named_rates
+from autotune.devices import (
+    NODE_NETWORK_BYTES_PER_S,
+    NodeGpus,
+    canonical_name,
+    named_cluster,
+    named_rates,
+)
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import (
@@ -81,10 +87,11 @@ _OF_NO_MATTER = ("model", "dataset", "run_dir", "ds_config", "no_cache", "strict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedHardware:
-    """GPUs that are named to plan for, and need not be there."""
+    """GPUs that are named to plan for, and need not be there; the network is that of a node."""
 
     gpus: tuple[NodeGpus, ...]
     nodes: int = 1
+    network_bytes_per_s: float = NODE_NETWORK_BYTES_PER_S
 
     @property
     def num_devices(self) -> int:
@@ -402,10 +409,37 @@ def _look_at_data(
     return _Data(profile=dataset, lengths=lengths, rows=len(lengths))
 
 
-def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Workload:
-    cluster, named = question.cluster, question.named
-    job, profile = model.job, model.profile
-    rates = _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
+def on_one_node(workload: Workload, logs: Path) -> Workload:
+    """Return a node's share of the job, on one node of its cluster.
+
+    Rows a rank and micro-steps are the same, so that its settings are settings of the whole too.
+    """
+    question, job = workload.question, workload.job
+    cluster = question.cluster
+    ranks = cluster.ranks_per_node
+    node = replace(
+        cluster,
+        num_devices=ranks,
+        num_nodes=1,
+        devices_per_node=0,
+        visible_devices=cluster.visible_devices[:ranks],
+    )
+    rows = job.global_batch_size * ranks // cluster.num_devices
+    return _workload(
+        replace(question, cluster=node),
+        _Model(job=replace(job, global_batch_size=rows), profile=workload.profile),
+        _Data(profile=workload.dataset, lengths=workload.lengths, rows=workload.rows),
+        logs,
+        workload.rates.of_one_node(),
+    )
+
+
+def _workload(
+    question: Question, model: _Model, data: _Data, logs: Path, known: Rates | None = None
+) -> Workload:
+    """Estimate every setting; the rates of the devices are looked up unless they are known."""
+    cluster, job, profile = question.cluster, model.job, model.profile
+    rates = known or _rates(question, job.precision)
     drawn = DrawnRows.draw(data.lengths, job.seed, _rebalanced(question, job, data.lengths, logs))
     space = enumerate_space(
         cluster,
@@ -630,12 +664,15 @@ def _profile(
     return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 
-def _rates(cluster: Cluster, precision: str) -> Rates:
-    """Return what the ranks of this machine do, measured once.
+def _rates(question: Question, precision: str) -> Rates:
+    """Return what a rank does: by the table of named devices, or measured once on this machine.
 
     Raises:
         SetupFaultError: torch cannot use the devices, or not in this precision.
     """
+    if question.named is not None:
+        return _named_rates(question.named, precision)
+    cluster = question.cluster
     rates = bench(cluster).rates(precision)
     if rates is None:
         msg = (
@@ -691,7 +728,7 @@ def _bench_path(cluster: Cluster) -> Path:
 
 def _named_rates(named: NamedHardware, precision: str) -> Rates:
     """Return the rates of the table, or those of this machine's bench where it has such devices."""
-    rates = named_rates(named.gpus, named.nodes, precision)
+    rates = named_rates(named.gpus, named.nodes, precision, named.network_bytes_per_s)
     names = {node.gpu.name for node in named.gpus}
     benches = filter(None, map(_read_bench, sorted((cache_dir() / "bench").glob("*.json"))))
     alike = [one for device, one in benches if {canonical_name(device)} == names]

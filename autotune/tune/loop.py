@@ -5,7 +5,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from autotune.plan import Plan
 from autotune.probe.protocol import Prober, ProbeRequest, RungFailure, RungMeasurement
 from autotune.rundir import write_bytes
 from autotune.setting import Setting, Structure
+from autotune.tune.beliefs import NO_HINTS, Hint
 from autotune.tune.earlier import trustworthy, unverified
 from autotune.tune.faults import refuse_set_up_fault, worth_knowing
 from autotune.tune.finals import Finals, finals
@@ -67,7 +68,7 @@ class Tuner:
         known: outcomes of earlier runs, in their order.
         record: told of each outcome before anything follows from it.
         judge: asked about what is in doubt to fit.
-        parameters, steps, thrifty: as of `Search`.
+        parameters, steps, thrifty, hints: as of `Search`.
         sampler: what proposes structures, by name (see `SAMPLERS`).
         seed: of samplers that draw.
     """
@@ -85,11 +86,14 @@ class Tuner:
         parameters: int = 0,
         steps: int | None = None,
         thrifty: bool = False,
+        hints: Mapping[int, Hint] = NO_HINTS,
         sampler: str = PRIOR,
         seed: int = 0,
     ) -> None:
         trusted = trustworthy(worth_knowing(known))
-        self.search = Search(plan, trusted, parameters=parameters, steps=steps, thrifty=thrifty)
+        self.search = Search(
+            plan, trusted, parameters=parameters, steps=steps, thrifty=thrifty, hints=hints
+        )
         self.study = new_study(self.search, sampler, seed)
         self._knobs = distributions(plan)
         self._prober = prober
