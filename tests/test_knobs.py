@@ -136,6 +136,8 @@ def test_micro_batch_sizes_are_pinned_too() -> None:
         ({"offload_optimizer": ["cpu"], "zero_stage": [0]}, "offload_optimizer is of ZeRO 1, 2, 3"),
         ({"overlap_comm": [True], "zero_stage": [0]}, "overlap_comm is of ZeRO 1, 2, 3"),
         ({"checkpointing": ["every-7"]}, "of checkpointing this model has none, full here"),
+        ({"zero_hpz_partition_size": [3], "zero_stage": [3]}, "has to divide the 2 ranks"),
+        ({"zero_hpz_partition_size": [2], "zero_stage": [2]}, "is of ZeRO 3"),
     ],
 )
 def test_pins_that_leave_nothing_are_refused_with_why(
