@@ -6,12 +6,11 @@ A test makes them anew and holds the document against them.
 """
 
 import argparse
-import math
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from autotune.devices import parse_gpus
 from autotune.hardware import Rates
 from autotune.setting import Setting, Structure
 from autotune.throughput import Communication, predicted_communication
-from autotune.units import GIB
 from autotune.workload import ModelProfile
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
