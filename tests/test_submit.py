@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import QUICKSTART, autotune
+from conftest import QUICKSTART, REPOSITORY, autotune
 from hypothesis import given
 from hypothesis import strategies as st
 from kubeflow_trainer_api import models
@@ -281,6 +283,29 @@ def test_a_refusal_is_one_sentence(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+DOCUMENT = (REPOSITORY / "docs" / "submit.md").read_text()
+COMMANDS = re.findall(r"^    autotune (submit (?:.*\\\n)*.*)$", DOCUMENT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_documents_commands_are_taken(line: str, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "data.jsonl"):
+        (tmp_path / name).write_text("")
+    words = shlex.split(line.replace("\\\n", " "))
+    done = autotune("submit", "--dry-run", *words[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_document_has_commands_for_each_cluster() -> None:
+    assert len(COMMANDS) >= 3
+
+
+def test_the_document_says_which_exit_codes_are_final() -> None:
+    *first, last = map(str, FINAL_EXIT_CODES)
+    assert f"{', '.join(first)} or {last}" in DOCUMENT
 
 
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import QUICKSTART, autotune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ pytestmark = pytest.mark.cluster
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 PORT = 37017
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "data.jsonl"
 
 CONFIG = """
 ClusterName=submit
@@ -87,7 +87,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             f"--{name}-file={directory}/munge.{name}" for name in ("key", "log", "pid", "seed")
         ]
         start("munged", "--foreground", "--force", f"--socket={directory}/munge.sock", *munge)
-        wait_for(lambda: (directory / "munge.sock").exists())
+        wait_for((directory / "munge.sock").exists)
         start("slurmctld", "-D", "-f", directory / "slurm.conf")
         for node in ("n1", "n2"):
             start("slurmd", "-D", "-f", directory / "slurm.conf", "-N", node)
@@ -121,6 +121,18 @@ def ask(*command: object, check: bool = False) -> str:
         list(map(str, command)), capture_output=True, text=True, check=check, timeout=60
     )
     return done.stdout
+
+
+def submit(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    program = Path(sys.executable).with_name("autotune")
+    return subprocess.run(
+        [str(program), "submit", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 def state_of(job: str) -> str:
@@ -182,7 +194,7 @@ JOB = BatchJob(
     time="10:00",
     partition="main",
     account="team 7",
-    more=("constraint=", 'comment=it\'s "here" \\ #1 $x'),
+    more=('comment=it\'s "here" \\ #1 $x'),
 )
 
 
@@ -283,7 +295,7 @@ def test_a_command_is_submitted_and_runs(site: Path, tmp_path: Path) -> None:
     del site
     job = ("--nodes", 1, "--cpus-per-node", 2, "--time", 20, "--partition", "main")
     command = ("run", "--dataset", QUICKSTART, "--devices", "cpu:2", "--dry-run")
-    done = autotune("submit", *job, "--json", "--", *command, cwd=tmp_path)
+    done = submit(*job, "--json", "--", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     number = document["job_id"]
@@ -295,9 +307,7 @@ def test_a_command_is_submitted_and_runs(site: Path, tmp_path: Path) -> None:
 
 def test_what_slurm_refuses_is_told(site: Path, tmp_path: Path) -> None:
     del site
-    done = autotune(
-        "submit", "--partition", "gone", "--", "run", "--dataset", QUICKSTART, cwd=tmp_path
-    )
+    done = submit("--partition", "gone", "--", "run", "--dataset", QUICKSTART, cwd=tmp_path)
     assert done.returncode == 2
     assert "invalid partition" in done.stderr
     assert "Traceback" not in done.stderr
