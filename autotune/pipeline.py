@@ -1,10 +1,11 @@
 """The stages in order; the only module that knows them all."""
 
 import logging
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,7 @@ from autotune.intake import (
     Workload,
     ask,
     look_into,
+    on_one_node,
     require_working,
     start_processes,
     total_steps,
@@ -44,6 +46,8 @@ from autotune.probe.local import LocalProber
 from autotune.probe.tenants import DeviceMemory
 from autotune.rundir import RunDir, read_json, write_json, write_text
 from autotune.setting import Setting, Structure
+from autotune.tune import narrowing
+from autotune.tune.beliefs import NO_HINTS, Hint
 from autotune.tune.loop import Tuned, Tuner, write_study
 from autotune.tune.site import JobSite
 from autotune.units import format_bytes, format_duration
@@ -201,17 +205,12 @@ class Run:
         require_any_kept(plan)
         _log.info("building DeepSpeed's ops (once an environment)")
         build_ops(_ops(workload), self.dir.logs / "ops.log")
-        site = JobSite(
-            job=workload.job,
-            cluster=cluster,
-            profile=workload.profile,
-            lengths_of_rows=workload.lengths,
-            rebalanced=workload.drawn.rebalanced,
-            dataset_dir=self.dir.dataset,
-            scratch_dir=self.dir.logs,
-            total_steps=steps,
-        )
         options = self.question.options
+        started, hints = time.monotonic(), NO_HINTS
+        if cluster.num_nodes > 1:
+            ranks = cluster.ranks_per_node
+            hints = self._narrow(workload, [rung for rung in known if rung.ranks == ranks])
+            known = [rung for rung in known if rung.ranks == cluster.num_devices]
         cache = OutcomeCache.of(workload)
         if not known and not options["no_cache"]:
             known = self._taken_over(cache.read(workload))
@@ -219,24 +218,67 @@ class Run:
         tuner = Tuner(
             plan,
             LocalProber(self.dir.logs, memory=_device_memory(cluster)),
-            site,
+            self._site(workload, steps),
             known,
             record=self._record,
             judge=VirtualJudge(workload, self.dir.logs),
             parameters=workload.profile.parameters,
             steps=steps,
             thrifty=budget == AUTO,
+            hints=hints,
             sampler=options["sampler"],
             seed=options["seed"],
         )
         try:
             tuned = tuner.run(
-                max_probes=options["max_probes"], budget_s=None if budget == AUTO else budget
+                max_probes=options["max_probes"],
+                budget_s=None if budget in {AUTO, None} else budget - (time.monotonic() - started),
             )
         finally:
             write_study(tuner.study, self.dir.study)
         cache.keep(tuned.rungs, workload)
         return tuned
+
+    def _site(self, workload: Workload, steps: int) -> JobSite:
+        return JobSite(
+            job=workload.job,
+            cluster=workload.question.cluster,
+            profile=workload.profile,
+            lengths_of_rows=workload.lengths,
+            rebalanced=workload.drawn.rebalanced,
+            dataset_dir=self.dir.dataset,
+            scratch_dir=self.dir.logs,
+            total_steps=steps,
+        )
+
+    def _narrow(self, workload: Workload, known: list[Rung]) -> Mapping[int, Hint]:
+        """Probe a node's share of the job on this node, and return what that says of all nodes."""
+        node = on_one_node(workload, self.dir.logs)
+        if not node.plan.kept.any():
+            return NO_HINTS
+        _log.info("narrowing down on one of %d nodes", workload.question.cluster.num_nodes)
+        options, steps = self.question.options, total_steps(node)
+        assert steps is not None, "a run has a dataset"
+        budget = options["tune_budget"]
+        tuner = Tuner(
+            node.plan,
+            LocalProber(self.dir.logs, memory=_device_memory(node.question.cluster)),
+            self._site(node, steps),
+            known,
+            record=self._record,
+            judge=VirtualJudge(node, self.dir.logs),
+            parameters=node.profile.parameters,
+            steps=steps,
+            thrifty=budget == AUTO,
+            sampler=options["sampler"],
+            seed=options["seed"],
+        )
+        tuned = tuner.run(
+            max_probes=math.ceil(narrowing.SHARE * options["max_probes"]),
+            budget_s=None if budget in {AUTO, None} else narrowing.SHARE * budget,
+            tell_apart=False,
+        )
+        return narrowing.hints(workload.plan, node.plan, tuned.rungs)
 
     def _taken_over(self, cached: list[Rung]) -> list[Rung]:
         """Begin with what earlier runs of such a job have measured."""
@@ -260,8 +302,11 @@ class Run:
             self._structures.add(rung.setting.structure)
         self._status["probes"] = len(self._structures)
         best = self._status["best"]
-        if isinstance(outcome, Measured) and (
-            best is None or outcome.tokens_per_s > best["tokens_per_s"]
+        if (
+            isinstance(outcome, Measured)
+            # On one of several nodes it is no speed of the job.
+            and rung.ranks == self.question.cluster.num_devices
+            and (best is None or outcome.tokens_per_s > best["tokens_per_s"])
         ):
             self._status["best"] = {
                 "setting": rung.setting.to_json(),

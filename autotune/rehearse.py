@@ -141,7 +141,7 @@ def rehearse(workload: Workload, logs: Path, *, noise: float) -> dict[str, Any]:
     if workload.question.cluster.num_nodes > 1:
         node = on_one_node(workload, logs)
         if node.plan.kept.any():
-            narrowed, narrowing_s = _search(node, logs, noise, share=narrowing.SHARE)
+            narrowed, narrowing_s = _search(node, logs, noise, narrows=True)
             known = narrowing.hints(plan, node.plan, narrowed.rungs)
     tuned, tuning_s = _search(workload, logs, noise, hints=known)
     document = _document(workload, tuned, narrowing_s + tuning_s)
@@ -159,10 +159,10 @@ def _search(
     logs: Path,
     noise: float,
     *,
-    share: float = 1.0,
+    narrows: bool = False,
     hints: Mapping[int, Hint] = NO_HINTS,
 ) -> tuple[Tuned, float]:
-    """Search with this share of probes and time; returns the seconds that it would take too."""
+    """Search, or only narrow down; returns the seconds that it would take too."""
     options = workload.question.options
     budget, steps = options["tune_budget"], total_steps(workload)
     rehearsal = Rehearsal(workload, logs, noise=noise, seed=options["seed"])
@@ -180,9 +180,11 @@ def _search(
         sampler=options["sampler"],
         seed=options["seed"],
     )
+    share = narrowing.SHARE if narrows else 1.0
     tuned = tuner.run(
         max_probes=math.ceil(share * options["max_probes"]),
         budget_s=None if budget in {AUTO, None} else share * budget,
+        tell_apart=not narrows,
     )
     return tuned, rehearsal.now_s
 

@@ -104,8 +104,11 @@ class Tuner:
         self._deadline = math.inf
         self._starts_s: list[float] = []
 
-    def run(self, *, max_probes: int, budget_s: float | None) -> Tuned:
+    def run(self, *, max_probes: int, budget_s: float | None, tell_apart: bool = True) -> Tuned:
         """Probe until nothing is to be gained or a limit is reached.
+
+        At last the best are measured again where they are too close to be told apart, if that is
+        of interest.
 
         Raises:
             SetupFaultError: probes die, whatever their setting, and none is measured.
@@ -123,7 +126,8 @@ class Tuner:
             self._probe(self.study.ask(self._knobs))
             refuse_set_up_fault(self.search.rungs)
         refuse_set_up_fault(self.search.rungs, at_least=1)
-        self._tell_finalists_apart()
+        if tell_apart:
+            self._tell_finalists_apart()
         return self._tuned(stopped_by)
 
     def _verify(self) -> None:
