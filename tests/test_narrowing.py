@@ -9,9 +9,13 @@ import pytest
 from conftest import autotune
 from records import LENGTHS, RATES, as_rung, make_cluster, make_job, make_profile, measured
 
+from autotune.config import Layer, resolve
 from autotune.hardware import Cluster
-from autotune.outcome import OutOfMemory
+from autotune.intake import ask, look_into
+from autotune.outcome import Measured, OutOfMemory
+from autotune.pipeline import Run
 from autotune.plan import Plan, make_plan
+from autotune.rundir import RunDir
 from autotune.setting import Structure
 from autotune.space import enumerate_space
 from autotune.throughput import DrawnRows
@@ -93,3 +97,27 @@ def test_a_rehearsal_narrows_on_one_node_and_decides_on_all(tmp_path: Path) -> N
     text = autotune("rehearse", *job, "--nodes", 4, cwd=tmp_path).stdout
     assert "8 x T4-16GB in 4 nodes" in text
     assert "on one node" in text
+
+
+@pytest.mark.slow
+def test_a_run_probes_a_nodes_share_on_its_own_node(
+    server: None, short_rows: Path, tmp_path: Path
+) -> None:
+    del server
+    asked = {"dataset": [str(short_rows)], "devices": "cpu:2", "max_probes": 4}
+    question = ask(resolve([Layer("a test", asked)]))
+    two = question.cluster
+    cluster = replace(two, num_devices=4, num_nodes=2, devices_per_node=2)
+    run = Run(replace(question, cluster=cluster), RunDir(tmp_path))
+    run.dir.create()
+    workload = look_into(run.question, dataset_dir=run.dir.dataset, logs=run.dir.logs)
+    found = run._narrow(workload, [])
+    rungs = run.dir.read_rungs()
+    assert {rung.ranks for rung in rungs} == {2}
+    measured_there = {rung.setting for rung in rungs if isinstance(rung.outcome, Measured)}
+    assert {workload.plan.space.setting(row) for row in found} == measured_there != set()
+    assert len({rung.setting.structure for rung in rungs}) <= 2
+    # The same outcomes lead to the same hints, without another probe.
+    again = run._narrow(workload, rungs)
+    assert again == found
+    assert run.dir.read_rungs() == rungs
