@@ -251,6 +251,11 @@ def test_an_estimate_takes_pins_for_its_setting(tmp_path: Path) -> None:
         (("plan", "--set", "attention=flash_attention_2", "--precision", "fp32"), 78, "bf16"),
         (("estimate", "--set", "zero_stage=1,2"), 2, "one setting"),
         (("estimate", "--set", "overlap_comm=true"), 2, "--zero-stage"),
+        (
+            ("estimate", "--zero-stage", 3, "--set", "zero_hpz_partition_size=3"),
+            2,
+            "divide the 2 ranks",
+        ),
         (("estimate", "--set", "zero_stage=1", "--zero-stage", 2), 2, "drop one"),
     ],
 )

@@ -189,6 +189,9 @@ def _setting(question: "Question", structure: Structure, micro_batch_size: int) 
     if structure.offload_param != "none" and structure.zero_stage < ZERO_STAGES[-1]:
         msg = "--offload-param needs --zero-stage 3"
         raise UsageError(msg)
+    if ranks % structure.zero_hpz_partition_size:
+        msg = f"zero_hpz_partition_size has to divide the {ranks} ranks"
+        raise UsageError(msg)
     if structure.attention == FLASH_ATTENTION:
         _require_flash_attention(question)
     return structure.with_micro_batch(micro_batch_size, ranks, global_batch_size)
