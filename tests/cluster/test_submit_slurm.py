@@ -175,7 +175,7 @@ nodelists = st.builds(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(nodelist=nodelists)
 def test_a_list_of_nodes_is_what_scontrol_says(site: Path, nodelist: str) -> None:
     del site
@@ -221,7 +221,7 @@ def test_slurm_takes_the_script(site: Path, tmp_path: Path) -> None:
         assert "to start at" in done.stderr
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     name=st.text(
         st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=20
