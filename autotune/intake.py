@@ -438,8 +438,11 @@ def _workload(
     question: Question, model: _Model, data: _Data, logs: Path, known: Rates | None = None
 ) -> Workload:
     """Estimate every setting; the rates of the devices are looked up unless they are known."""
-    cluster, job, profile = question.cluster, model.job, model.profile
-    rates = known or _rates(question, job.precision)
+    cluster, named = question.cluster, question.named
+    job, profile = model.job, model.profile
+    rates = known or (
+        _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
+    )
     drawn = DrawnRows.draw(data.lengths, job.seed, _rebalanced(question, job, data.lengths, logs))
     space = enumerate_space(
         cluster,
@@ -664,15 +667,12 @@ def _profile(
     return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 
-def _rates(question: Question, precision: str) -> Rates:
-    """Return what a rank does: by the table of named devices, or measured once on this machine.
+def _rates(cluster: Cluster, precision: str) -> Rates:
+    """Return what the ranks of this machine do, measured once.
 
     Raises:
         SetupFaultError: torch cannot use the devices, or not in this precision.
     """
-    if question.named is not None:
-        return _named_rates(question.named, precision)
-    cluster = question.cluster
     rates = bench(cluster).rates(precision)
     if rates is None:
         msg = (

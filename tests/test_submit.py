@@ -91,7 +91,7 @@ def test_words_reach_the_command_as_they_are(
     script = batch_script(JOB, [*ECHO, *words])
     # sbatch refuses a script with DOS line breaks, and a directive is a line by itself.
     assert "\r" not in script
-    assert script.count("\n#SBATCH") == 17
+    assert script.count("\n#SBATCH") == 16
     assert said_by(script, tmp_path_factory.mktemp("script")) == words
 
 

@@ -21,6 +21,8 @@ import numpy as np
 from autotune import intake
 from autotune.config import Layer, resolve
 from autotune.devices import parse_gpus
+from autotune.plan import make_plan
+from autotune.space import enumerate_space
 from autotune.throughput import DrawnRows
 
 MODELS = ("llama-3-8b", "llama-3-70b")
@@ -55,8 +57,8 @@ def plan_over_lengths(workload: intake.Workload) -> dict[str, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     whole = replace(workload, drawn=drawn)
     cluster = whole.question.cluster
-    space = intake.enumerate_space(cluster, whole.job.global_batch_size)
-    made = intake.make_plan(space, whole.profile, whole.job, cluster, whole.rates, drawn)
+    space = enumerate_space(cluster, whole.job.global_batch_size)
+    made = make_plan(space, whole.profile, whole.job, cluster, whole.rates, drawn)
     made.ranking()
     return {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
 

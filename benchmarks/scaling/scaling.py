@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from autotune import intake
-from autotune.config import Layer, resolve
+from autotune.config import Layer, Options, resolve
 from autotune.devices import parse_gpus
 from autotune.hardware import Rates
 from autotune.setting import Setting, Structure
@@ -169,7 +169,7 @@ def winners(case: Case, logs: Path) -> Iterator[tuple[str, str]]:
         yield f"{case.name}-{network / GIGA:.0f}", _table(columns, rows)
 
 
-def _options(case: Case) -> intake.Options:
+def _options(case: Case) -> Options:
     asked = {"model": case.model, "global_batch_size": case.global_batch_size, "precision": "bf16"}
     return resolve([Layer("benchmarks/scaling", asked)])
 

@@ -194,7 +194,7 @@ JOB = BatchJob(
     time="10:00",
     partition="main",
     account="team 7",
-    more=('comment=it\'s "here" \\ #1 $x'),
+    more=('comment=it\'s "here" \\ #1 $x',),
 )
 
 
