@@ -49,8 +49,8 @@ class Case:
 
 CASES = (
     Case(
-        name="8b",
-        model="llama-3-8b",
+        name="7b",
+        model="llama-2-7b",
         gpu="A100-80GB",
         global_batch_size=1024,
         seq_length=4096,
@@ -58,19 +58,19 @@ CASES = (
     ),
     Case(
         name="70b",
-        model="llama-3-70b",
+        model="llama-2-70b",
         gpu="H100-80GB",
         global_batch_size=1024,
         seq_length=4096,
         networks=(25 * GIGA, 400 * GIGA),
     ),
     Case(
-        name="1.5b",
-        model="qwen2.5-1.5b",
+        name="6b",
+        model="chatglm3-6b",
         gpu="RTX3090-24GB",
         global_batch_size=1024,
         seq_length=2048,
-        networks=(3 * GIGA, 25 * GIGA),
+        networks=(3 * GIGA, 12.5 * GIGA),
     ),
 )
 
@@ -86,7 +86,12 @@ PARTITIONS: dict[str, Callable[[Structure], bool]] = {
 def traffic() -> str:
     """Return what a rank sends, in sizes of the model, where there are very many ranks."""
     profile = _of_one_parameter()
-    columns = ["", "between nodes: a micro-step", "an update", "within a node: a micro-step"]
+    columns = [
+        "",
+        "between nodes, a micro-step",
+        "between nodes, an update",
+        "within a node, a micro-step",
+    ]
     rows = [[f"ZeRO {stage}", *_sent(profile, Structure(zero_stage=stage))] for stage in range(4)]
     hpz = Structure(zero_stage=3, zero_hpz_partition_size=GPUS_A_NODE)
     rows.append([f"ZeRO 3, hpZ {GPUS_A_NODE}", *_sent(profile, hpz)])
@@ -166,7 +171,7 @@ def winners(case: Case, logs: Path) -> Iterator[tuple[str, str]]:
             assert isinstance(workload, intake.Workload), workload
             rows.append([f"{nodes} x {GPUS_A_NODE}", *_best_of_each(workload)])
         columns = ["nodes", *PARTITIONS, "the fastest"]
-        yield f"{case.name}-{network / GIGA:.0f}", _table(columns, rows)
+        yield f"{case.name}-{network / GIGA:g}", _table(columns, rows)
 
 
 def _options(case: Case) -> Options:
@@ -184,14 +189,18 @@ def _best_of_each(workload: intake.Workload) -> list[str]:
         among = np.where(np.isin(plan.space.structure_index, chosen), speed, 0.0)
         if among.max() > 0:
             best[name] = int(among.argmax())
+
+    def of_a_gpu(row: int) -> str:
+        return f"{speed[row] / plan.space.ranks:.0f}"
+
     fastest = max(best, key=lambda name: speed[best[name]], default="")
     cells = []
     for name in PARTITIONS:
         if name not in best:
             cells.append("-")
             continue
-        cell = f"{speed[best[name]] / plan.space.ranks:.0f}"
-        cells.append(f"**{cell}**" if name == fastest else cell)
+        cell = of_a_gpu(best[name])
+        cells.append(f"**{cell}**" if cell == of_a_gpu(best[fastest]) else cell)
     return [*cells, _described(plan.space.setting(best[fastest])) if best else "nothing fits"]
 
 
