@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from autotune.sbatch import BatchJob, batch_script
 from autotune.slurm import expand_nodelist, read_time_limit
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 PORT = 37017
@@ -301,7 +301,7 @@ def test_a_command_is_submitted_and_runs(site: Path, tmp_path: Path) -> None:
     number = document["job_id"]
     assert Path(tmp_path, document["script_file"]).read_text() == document["script"]
     log = tmp_path / document["log"].replace("%j", number)
-    wait_for(lambda: state_of(number) in {"COMPLETED", "FAILED", ""}, seconds=240)
+    wait_for(lambda: state_of(number) in {"COMPLETED", "FAILED", ""}, seconds=540)
     assert "settings may fit" in log.read_text()
 
 
