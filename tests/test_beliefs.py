@@ -91,8 +91,9 @@ def test_what_was_measured_goes_before_its_hint() -> None:
 
 def test_a_hint_of_memory_moves_the_wall() -> None:
     row = row_of(3, 1)
-    larger = update(PLAN, [], hints={row: Hint(faster=0.0, larger=0.2)})
-    assert larger.fit_probability[row] < after().fit_probability[row]
+    room = math.log(PLAN.budget_bytes / PLAN.memory.device_bytes[row])
+    larger = update(PLAN, [], hints={row: Hint(faster=0.0, larger=room + 0.2)})
+    assert larger.fit_probability[row] < 0.1 < after().fit_probability[row]
 
 
 def test_before_any_outcome_the_plan_is_believed_but_for_work_that_is_added() -> None:
