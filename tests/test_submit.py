@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import QUICKSTART, REPOSITORY, autotune
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubeflow_trainer_api import models
 
@@ -67,6 +67,9 @@ def test_the_script_is_the_golden_one(name: str, script: str) -> None:
     )
 
 
+PROCESSES = settings(max_examples=15, derandomize=True, deadline=None)
+"""Each example starts some."""
+
 ECHO = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
 
 
@@ -84,6 +87,7 @@ def said_by(script: str, tmp_path: Path, task: int | None = None) -> Any:  # noq
     return json.loads(done.stdout)
 
 
+@PROCESSES
 @given(words=st.lists(hostile, max_size=5))
 def test_words_reach_the_command_as_they_are(
     words: list[str], tmp_path_factory: pytest.TempPathFactory
@@ -95,6 +99,7 @@ def test_words_reach_the_command_as_they_are(
     assert said_by(script, tmp_path_factory.mktemp("script")) == words
 
 
+@PROCESSES
 @given(first=st.lists(hostile, max_size=3), second=st.lists(hostile, max_size=3))
 def test_each_job_of_an_array_has_its_own_words(
     first: list[str], second: list[str], tmp_path_factory: pytest.TempPathFactory
