@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH_PIP := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: install demo test test-full test-cluster lint clean
+.PHONY: install demo test test-full lint clean
 
 install: $(VENV)/.installed
 
@@ -38,10 +38,6 @@ test: lint
 
 test-full: install
 	$(PYTEST) -m slow
-
-# As root, with Debian's slurm-wlm and munge.
-test-cluster: install
-	$(PYTEST) -m cluster
 
 clean:
 	rm -rf $(VENV)

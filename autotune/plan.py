@@ -210,10 +210,8 @@ class Plan:
 
 
 def host_budget_bytes(cluster: Cluster) -> int:
-    """Return the host memory that all ranks may take together, of all nodes."""
-    if cluster.host is None:
-        return _UNKNOWN_HOST_BYTES
-    return cluster.host.available_bytes * cluster.num_nodes
+    """Return the host memory that all ranks may take together, on all of their hosts."""
+    return cluster.host.available_bytes * cluster.num_nodes if cluster.host else _UNKNOWN_HOST_BYTES
 
 
 def make_plan(
