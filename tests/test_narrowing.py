@@ -1,20 +1,22 @@
 """Several nodes: what one of them shows, and what is made of it for all."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import autotune
 from records import LENGTHS, RATES, as_rung, make_cluster, make_job, make_profile, measured
 
+from autotune.cli.summary import rehearsal_text
 from autotune.config import Layer, resolve
 from autotune.hardware import Cluster
-from autotune.intake import ask, look_into
+from autotune.intake import NamedHardware, Question, Workload, ask, look_into, on_one_node
+from autotune.model_source import find_model
 from autotune.outcome import Measured, OutOfMemory
 from autotune.pipeline import Run
 from autotune.plan import Plan, make_plan
+from autotune.rehearse import rehearse
 from autotune.rundir import RunDir
 from autotune.setting import Structure
 from autotune.space import enumerate_space
@@ -83,19 +85,46 @@ def test_what_one_node_shows_of_a_knob_is_believed_of_all_its_settings() -> None
 
 
 def test_a_rehearsal_narrows_on_one_node_and_decides_on_all(tmp_path: Path) -> None:
-    job = ("--seq-length", 256, "--precision", "fp32", "--gpus", "2xT4-16GB")
-    done = autotune("rehearse", *job, "--nodes", 4, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert (document["cluster"]["num_devices"], document["cluster"]["num_nodes"]) == (8, 4)
+    rates = replace(
+        RATES,
+        link_bytes_per_s=1e10,
+        node_link_bytes_per_s=1e11,
+        node_collective_overhead_s=RATES.collective_overhead_s,
+    )
+    job, drawn = make_job(global_batch_size=128), DrawnRows.draw(np.full(64, 512), 42)
+    plan = make_plan(enumerate_space(ALL, 128), make_profile(), job, ALL, rates, drawn)
+    question = Question(
+        named=NamedHardware(gpus=()),
+        options=resolve([Layer("a test", {"global_batch_size": 128})]),
+        cluster=ALL,
+        source=find_model("builtin:glm-tiny"),
+        dataset=(),
+        fingerprint="",
+    )
+    whole = Workload(
+        question=question,
+        job=job,
+        profile=make_profile(),
+        rates=rates,
+        dataset=None,
+        drawn=drawn,
+        rows=1000,
+        plan=plan,
+    )
+    node = on_one_node(whole, tmp_path)
+    assert (node.question.cluster.num_devices, node.question.cluster.num_nodes) == (4, 1)
+    assert node.job.global_batch_size == 32
+    assert node.rates.link_bytes_per_s == rates.node_link_bytes_per_s
+
+    document = rehearse(whole, tmp_path, noise=0.0)
     narrowed = document["on_one_node"]
     assert narrowed["rungs"] == sum(len(probe["rungs"]) for probe in narrowed["probes"]) > 0
     assert document["tuning_seconds"] > narrowed["seconds"] > 0
-    plan = autotune("plan", *job, "--nodes", 4, "--json", cwd=tmp_path)
-    best = json.loads(plan.stdout)["settings"][0]
-    assert document["chosen"]["tokens_per_s"] == pytest.approx(best["tokens_per_s"], rel=5e-4)
-    text = autotune("rehearse", *job, "--nodes", 4, cwd=tmp_path).stdout
-    assert "8 x T4-16GB in 4 nodes" in text
+    best = plan.best()
+    assert best is not None
+    assert document["chosen"]["tokens_per_s"] == pytest.approx(plan.tokens_per_s[best], rel=5e-4)
+    text = rehearsal_text(document)
+    assert "16 x Example GPU in 4 nodes" in text
     assert "on one node" in text
 
 
