@@ -7,6 +7,7 @@ driver takes a part. A device that is not in the table is measured, never guesse
 """
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -259,16 +260,18 @@ bf16, recomputation counted: 0.59 (torchtune, A100), 0.62 (xtuner, A100), 0.58 t
 H100 and A100)."""
 
 _ACHIEVED_BANDWIDTH = 0.8
-_NODE_NETWORK_BYTES_PER_S = 25 * _GIGA
+NODE_NETWORK_BYTES_PER_S = 25 * _GIGA
 """Assumed between nodes: 200 Gbit/s and direction a node, shared by its devices."""
 _HOST_MEMORY_BYTES_PER_S = 150 * _GIGA
 """Assumed of a host: eight channels of DDR4-3200 at three quarters, shared by its devices."""
 _LAUNCH_S = 5e-6
 """Time that starting an operator takes on a GPU; CUDA's launch overhead is a few microseconds."""
 _MEETING_S = 3e-5
-_NODES_MEETING_S = 1e-4
-"""Assumed of a collective of next to nothing, within a node and among nodes: `detect --bench`
-measures it."""
+"""Assumed of a collective of next to nothing within a node: `detect --bench` measures it."""
+_HOP_S, _NODE_HOP_S = 1.9e-6, 4e-6
+"""What each rank, and each node, adds to a collective of all by a ring, as one after the other
+passes it on. NCCL's own figures, by which it chooses how to go (hwLat of its graph/tuning.cc: ring,
+protocol LL128, NVLink and network)."""
 
 
 def named_cluster(
@@ -278,7 +281,7 @@ def named_cluster(
 
     In unlike nodes the smallest device counts, as every rank does the same.
     """
-    counts = [node.count for node in gpus] * (nodes if len(gpus) == 1 else 1)
+    counts = _counts(gpus, nodes)
     smallest = min((node.gpu for node in gpus), key=lambda gpu: gpu.memory_bytes)
     memory_bytes = min(smallest.memory_bytes, memory_cap_bytes or smallest.memory_bytes)
     unlike = len({node.gpu.name for node in gpus}) > 1
@@ -293,32 +296,49 @@ def named_cluster(
         visible_devices=(),
         host=None,
         notes=(f"nodes are unlike: every device counts as a {smallest.name}",) if unlike else (),
+        num_nodes=len(counts),
+        devices_per_node=math.gcd(*counts) if len(counts) > 1 else 0,
     )
 
 
+def _counts(gpus: Sequence[NodeGpus], nodes: int) -> list[int]:
+    return [node.count for node in gpus] * (nodes if len(gpus) == 1 else 1)
+
+
 def named_rates(
-    gpus: Sequence[NodeGpus], nodes: int, precision: str, links: Links | None = None
+    gpus: Sequence[NodeGpus],
+    nodes: int,
+    precision: str,
+    network_bytes_per_s: float = NODE_NETWORK_BYTES_PER_S,
+    links: Links | None = None,
 ) -> Rates:
     """Return what a rank of the named GPUs may reach, from the table; nothing here is measured.
 
+    A ring through all ranks enters and leaves each node once, so that it has the node's network to
+    itself, and goes at the rate of that or of the devices' own links, whichever is less.
     Of `links` that were found what they tell goes before the table.
     """
     slowest = min((node.gpu for node in gpus), key=lambda gpu: gpu.half_flops_per_s)
-    devices = max(node.count for node in gpus)
+    counts = _counts(gpus, nodes)
     flops = slowest.single_flops_per_s if precision == "fp32" else slowest.half_flops_per_s
     host_link = (links and links.host_bytes_per_s) or slowest.host_bytes_per_s
-    link = (links and links.peer_bytes_per_s) or _peer_bytes_per_s(slowest, host_link)
-    several_nodes = nodes > 1 or len(gpus) > 1
-    if several_nodes:
-        link = min(link, _NODE_NETWORK_BYTES_PER_S / devices)
+    slowest_peer = min(_peer_bytes_per_s(node.gpu, host_link) for node in gpus)
+    peer = (links and links.peer_bytes_per_s) or slowest_peer
+    link = _ACHIEVED_BANDWIDTH * peer
+    network = _ACHIEVED_BANDWIDTH * network_bytes_per_s
+    several, hops = len(counts) > 1, sum(counts) - len(counts)
     return Rates(
         matmul_flops_per_s=ACHIEVED_ARITHMETIC * flops,
         memory_bytes_per_s=_ACHIEVED_BANDWIDTH * slowest.memory_bytes_per_s,
-        link_bytes_per_s=_ACHIEVED_BANDWIDTH * link,
+        link_bytes_per_s=min(link, network) if several else link,
         host_link_bytes_per_s=_ACHIEVED_BANDWIDTH * host_link,
-        host_memory_bytes_per_s=_HOST_MEMORY_BYTES_PER_S / devices,
+        host_memory_bytes_per_s=_HOST_MEMORY_BYTES_PER_S / max(counts),
         operator_overhead_s=_LAUNCH_S,
-        collective_overhead_s=_NODES_MEETING_S if several_nodes else _MEETING_S,
+        collective_overhead_s=(
+            _MEETING_S + several * (hops * _HOP_S + (len(counts) - 1) * _NODE_HOP_S)
+        ),
+        node_link_bytes_per_s=link if several else None,
+        node_collective_overhead_s=_MEETING_S if several else None,
     )
 
 

@@ -160,6 +160,8 @@ def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
         }
     if structure.offload_param != "none":
         zero["offload_param"] = {"device": structure.offload_param, "pin_memory": True}
+    if structure.zero_hpz_partition_size > 1:
+        zero["zero_hpz_partition_size"] = structure.zero_hpz_partition_size
     return zero | {
         "stage3_prefetch_bucket_size": profile.prefetch(structure.stage3_prefetch_bucket_size),
         "stage3_param_persistence_threshold": structure.stage3_param_persistence_threshold,

@@ -1,7 +1,7 @@
 """What a job runs on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -53,9 +53,12 @@ class Cluster:
     """Alike devices, one data-parallel rank on each.
 
     `device_memory_bytes` is what one rank may allocate at most. On a CPU the ranks share the host's
-    memory, so it is a share of that. `host` is None where the hardware is only named, not there.
+    memory, so it is a share of that. `host` is None where the hardware is only named, not there;
+    of several nodes it is one of them.
 
     Attributes:
+        devices_per_node: what each node has, or of unlike nodes the most that stay together when
+            ranks are counted off; 0 where all are in one.
         headroom_bytes: of a device's free memory, what is left to others who use it.
         devices: those that were found, in the order of their ranks.
         links: of a host's devices, as far as they tell.
@@ -78,6 +81,13 @@ class Cluster:
     links: Links | None = None
     rank_cpus: tuple[tuple[int, ...], ...] = ()
     unusable: str | None = None
+    num_nodes: int = 1
+    devices_per_node: int = 0
+
+    @property
+    def ranks_per_node(self) -> int:
+        """How many ranks in a row are always in one node."""
+        return self.devices_per_node or self.num_devices
 
     @property
     def has_separate_memory(self) -> bool:
@@ -91,16 +101,18 @@ class Cluster:
             "device_name": self.device_name,
             "num_devices": self.num_devices,
             "threads_per_rank": self.threads_per_rank,
-        }
+        } | ({"num_nodes": self.num_nodes} if self.num_nodes > 1 else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """What one rank of this machine was measured to do.
 
-    `link_bytes_per_s` is what ranks exchange, `collective_overhead_s` what starting a collective
-    takes. The rates of the host count for an offloaded optimizer: between device and host, and of
-    the host's memory, for one rank while all are busy.
+    `link_bytes_per_s` is what a rank sends when all ranks exchange by a ring, which is as fast as
+    the slowest link that it goes through, and `collective_overhead_s` what starting a collective of
+    all takes. `node_link_bytes_per_s` and `node_collective_overhead_s` are the same of the ranks of
+    one node, None where there is only one. The rates of the host count for an offloaded optimizer:
+    between device and host, and of the host's memory, for one rank while all are busy.
     """
 
     matmul_flops_per_s: float
@@ -110,6 +122,20 @@ class Rates:
     host_memory_bytes_per_s: float
     operator_overhead_s: float
     collective_overhead_s: float
+    node_link_bytes_per_s: float | None = None
+    node_collective_overhead_s: float | None = None
+
+    def of_one_node(self) -> "Rates":
+        """Return the rates of ranks that all are in one node."""
+        if self.node_link_bytes_per_s is None or self.node_collective_overhead_s is None:
+            return self
+        return replace(
+            self,
+            link_bytes_per_s=self.node_link_bytes_per_s,
+            collective_overhead_s=self.node_collective_overhead_s,
+            node_link_bytes_per_s=None,
+            node_collective_overhead_s=None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

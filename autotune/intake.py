@@ -20,7 +20,14 @@ from autotune.dataset.packing import require_separation
 from autotune.dataset.rows import REPORTED
 from autotune.dataset.splitting import num_held_out
 from autotune.detect import detect
-from autotune.devices import NodeGpus, canonical_name, known_gpu, named_cluster, named_rates
+from autotune.devices import (
+    NODE_NETWORK_BYTES_PER_S,
+    NodeGpus,
+    canonical_name,
+    known_gpu,
+    named_cluster,
+    named_rates,
+)
 from autotune.emit import ds_config, train_spec
 from autotune.environment import cache_dir, rank_environment, versions
 from autotune.errors import (
@@ -52,7 +59,13 @@ from autotune.space import (
 from autotune.throughput import DrawnRows, Ints, Rebalanced
 from autotune.units import MIB, format_count
 from autotune.user_config import read_user_config
-from autotune.variants import may_rebalance, with_frugal, with_overlap, with_rebalancing
+from autotune.variants import (
+    may_rebalance,
+    with_frugal,
+    with_overlap,
+    with_partition,
+    with_rebalancing,
+)
 from autotune.workload import DatasetProfile, Job, Lora, ModelProfile, Trace
 
 if TYPE_CHECKING:
@@ -79,10 +92,11 @@ _OF_NO_MATTER = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedHardware:
-    """GPUs that are named to plan for, and need not be there."""
+    """GPUs that are named to plan for, and need not be there; the network is that of a node."""
 
     gpus: tuple[NodeGpus, ...]
     nodes: int = 1
+    network_bytes_per_s: float = NODE_NETWORK_BYTES_PER_S
 
     @property
     def num_devices(self) -> int:
@@ -427,9 +441,39 @@ def _look_at_data(
     return _Data(profile=dataset, lengths=lengths, rows=len(lengths))
 
 
-def _workload(question: Question, model: _Model, data: _Data, logs: Path) -> Workload:
+def on_one_node(workload: Workload, logs: Path) -> Workload:
+    """Return a node's share of the job, on one node of its cluster.
+
+    Rows a rank and micro-steps are the same, so that its settings are settings of the whole too.
+    """
+    question, job = workload.question, workload.job
+    cluster = question.cluster
+    ranks = cluster.ranks_per_node
+    node = replace(
+        cluster,
+        num_devices=ranks,
+        num_nodes=1,
+        devices_per_node=0,
+        visible_devices=cluster.visible_devices[:ranks],
+    )
+    rows = job.global_batch_size * ranks // cluster.num_devices
+    return _workload(
+        replace(question, cluster=node),
+        _Model(job=replace(job, global_batch_size=rows), profile=workload.profile),
+        _Data(profile=workload.dataset, lengths=workload.lengths, rows=workload.rows),
+        logs,
+        workload.rates.of_one_node(),
+    )
+
+
+def _workload(
+    question: Question, model: _Model, data: _Data, logs: Path, known: Rates | None = None
+) -> Workload:
+    """Estimate every setting; the rates of the devices are looked up unless they are known."""
     cluster, named, job = question.cluster, question.named, model.job
-    rates = _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
+    rates = known or (
+        _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
+    )
     drawn = DrawnRows.draw(data.lengths, job.seed, _rebalanced(question, job, data.lengths, logs))
     return _planned(question, model, data, rates, drawn)
 
@@ -458,6 +502,7 @@ def _planned(
         return make_plan(space, profile, job, cluster, rates, drawn)
 
     plan = with_overlap(estimate(space), estimate, cluster, question.pins)
+    plan = with_partition(plan, estimate, cluster, question.pins)
     if drawn.rebalanced:
         plan = with_rebalancing(plan, estimate, question.pins)
     plan = with_frugal(plan, estimate, profile, question.pins)
@@ -769,7 +814,7 @@ def _bench_path(cluster: Cluster) -> Path:
 
 def _named_rates(named: NamedHardware, precision: str, links: Links | None = None) -> Rates:
     """Return the rates of the table, or those of this machine's bench where it has such devices."""
-    rates = named_rates(named.gpus, named.nodes, precision, links)
+    rates = named_rates(named.gpus, named.nodes, precision, named.network_bytes_per_s, links)
     names = {node.gpu.name for node in named.gpus}
     benches = filter(None, map(_read_bench, sorted((cache_dir() / "bench").glob("*.json"))))
     alike = [one for device, one in benches if {canonical_name(device)} == names]
@@ -785,6 +830,8 @@ def _named_rates(named: NamedHardware, precision: str, links: Links | None = Non
         link_bytes_per_s=rates.link_bytes_per_s,
         host_memory_bytes_per_s=rates.host_memory_bytes_per_s,
         collective_overhead_s=rates.collective_overhead_s,
+        node_link_bytes_per_s=rates.node_link_bytes_per_s,
+        node_collective_overhead_s=rates.node_collective_overhead_s,
     )
 
 

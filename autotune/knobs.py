@@ -103,6 +103,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("threads_per_rank", _whole(1), "a whole number of threads"),
     Knob("loss", _one_of(WHOLE, CHUNKED), f"{WHOLE}, {CHUNKED}"),
     Knob("expandable_segments", _truth, "true, false"),
+    Knob("zero_hpz_partition_size", _whole(1), "a whole number of ranks", (3,)),
 )
 """Every knob that can be pinned; a test holds them against the fields of Structure."""
 

@@ -124,11 +124,15 @@ def estimate_memory(
     if isinstance(heaviest, int):
         heaviest = space.micro_batch_size, np.full(len(space), heaviest)
     micro_batches, lengths = heaviest
-    shards: dict[tuple[int, int], Shards] = {}
+    shards: dict[tuple[int, int, int], Shards] = {}
     columns = {name: np.zeros(len(space)) for name in (*PARTS, "host_bytes")}
     passes: dict[tuple[object, ...], _Pass] = {}
     for structure, accumulates, length, places in _alike(space, lengths):
-        sizes = structure.reduce_bucket_size, structure.stage3_param_persistence_threshold
+        sizes = (
+            structure.reduce_bucket_size,
+            structure.stage3_param_persistence_threshold,
+            structure.zero_hpz_partition_size,
+        )
         if sizes not in shards:
             shards[sizes] = shards_of(profile, space.ranks, structure)
         engine = Engine(
@@ -167,6 +171,7 @@ def shards_of(profile: ModelProfile, ranks: int, structure: Structure) -> Shards
         ranks=ranks,
         bucket=profile.bucket(structure.reduce_bucket_size),
         persistence=structure.stage3_param_persistence_threshold,
+        group=structure.zero_hpz_partition_size,
     )
 
 

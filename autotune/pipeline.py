@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ from autotune.intake import (
     Workload,
     ask,
     look_into,
+    on_one_node,
     replanned,
     require_usable,
     require_working,
@@ -56,6 +57,8 @@ from autotune.report.page import write_report
 from autotune.rundir import RunDir, read_json, write_json, write_text
 from autotune.setting import Setting
 from autotune.status import StatusFile
+from autotune.tune import narrowing
+from autotune.tune.beliefs import NO_HINTS, Hint
 from autotune.tune.loop import Tuned, Tuner, write_study
 from autotune.tune.others import Nobody, Others
 from autotune.tune.site import JobSite
@@ -291,17 +294,12 @@ class Run:
         plan, cluster = workload.plan, self.question.cluster
         steps = total_steps(workload)
         assert steps is not None, "a run has a dataset"
-        site = JobSite(
-            job=workload.job,
-            cluster=cluster,
-            profile=workload.profile,
-            lengths_of_rows=workload.lengths,
-            rebalanced=workload.drawn.rebalanced,
-            dataset_dir=self.dir.dataset,
-            scratch_dir=self.dir.logs,
-            total_steps=steps,
-        )
         options = self.question.options
+        started, hints = time.monotonic(), NO_HINTS
+        if cluster.num_nodes > 1:
+            ranks = cluster.ranks_per_node
+            hints = self._narrow(workload, [rung for rung in known if rung.ranks == ranks])
+            known = [rung for rung in known if rung.ranks == cluster.num_devices]
         cache = OutcomeCache.of(workload)
         if not known and not options["no_cache"] and not others.are_there:
             known = self._taken_over(cache.read(workload))
@@ -316,7 +314,7 @@ class Run:
                 monitor=monitor,
                 watch=self._chronicle.phase_of_probe,
             ),
-            site,
+            self._site(workload, steps),
             known,
             record=self._record,
             judge=VirtualJudge(workload, self.dir.logs),
@@ -325,12 +323,14 @@ class Run:
             parameters=workload.profile.parameters,
             steps=steps,
             thrifty=budget == AUTO,
+            hints=hints,
             sampler=options["sampler"],
             seed=options["seed"],
         )
         try:
             tuned = tuner.run(
-                max_probes=options["max_probes"], budget_s=None if budget == AUTO else budget
+                max_probes=options["max_probes"],
+                budget_s=None if budget in {AUTO, None} else budget - (time.monotonic() - started),
             )
         finally:
             write_study(tuner.study, self.dir.study)
@@ -338,6 +338,47 @@ class Run:
                 monitor.close()
         cache.keep(tuned.rungs, workload)
         return tuned
+
+    def _site(self, workload: Workload, steps: int) -> JobSite:
+        return JobSite(
+            job=workload.job,
+            cluster=workload.question.cluster,
+            profile=workload.profile,
+            lengths_of_rows=workload.lengths,
+            rebalanced=workload.drawn.rebalanced,
+            dataset_dir=self.dir.dataset,
+            scratch_dir=self.dir.logs,
+            total_steps=steps,
+        )
+
+    def _narrow(self, workload: Workload, known: list[Rung]) -> Mapping[int, Hint]:
+        """Probe a node's share of the job on this node, and return what that says of all nodes."""
+        node = on_one_node(workload, self.dir.logs)
+        if not node.plan.kept.any():
+            return NO_HINTS
+        _log.info("narrowing down on one of %d nodes", workload.question.cluster.num_nodes)
+        options, steps = self.question.options, total_steps(node)
+        assert steps is not None, "a run has a dataset"
+        budget = options["tune_budget"]
+        tuner = Tuner(
+            node.plan,
+            LocalProber(self.dir.logs, memory=_device_memory(node.question.cluster)),
+            self._site(node, steps),
+            known,
+            record=self._record,
+            judge=VirtualJudge(node, self.dir.logs),
+            parameters=node.profile.parameters,
+            steps=steps,
+            thrifty=budget == AUTO,
+            sampler=options["sampler"],
+            seed=options["seed"],
+        )
+        tuned = tuner.run(
+            max_probes=math.ceil(narrowing.SHARE * options["max_probes"]),
+            budget_s=None if budget in {AUTO, None} else narrowing.SHARE * budget,
+            tell_apart=False,
+        )
+        return narrowing.hints(workload.plan, node.plan, tuned.rungs)
 
     def _taken_over(self, cached: list[Rung]) -> list[Rung]:
         """Begin with what earlier runs of such a job have measured."""

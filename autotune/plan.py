@@ -246,8 +246,8 @@ class Plan:
 
 
 def host_budget_bytes(cluster: Cluster) -> int:
-    """Return the host memory that all ranks of a host may take together."""
-    return cluster.host.available_bytes if cluster.host else _UNKNOWN_HOST_BYTES
+    """Return the host memory that all ranks may take together, on all of their hosts."""
+    return cluster.host.available_bytes * cluster.num_nodes if cluster.host else _UNKNOWN_HOST_BYTES
 
 
 def make_plan(
@@ -376,14 +376,14 @@ def _added(space: Space, profile: ModelProfile, job: Job, cluster: Cluster, rate
     Rows are communication of a micro-step and of an update, copies to the host likewise, the
     optimizer, and what of the communication may be hidden, as `hidden_s` takes it.
     """
-    size = job.compute_bytes
+    size, together = job.compute_bytes, cluster.ranks_per_node
     columns = []
     for structure in space.structures:
-        talk = predicted_communication(profile, structure, space.ranks, rates, size)
+        talk = predicted_communication(profile, structure, space.ranks, rates, size, together)
         columns.append(
             (
                 talk.forward_s + talk.backward_s,
-                talk.last_backward_s + talk.update_s,
+                talk.first_forward_s + talk.last_backward_s + talk.update_s,
                 *predicted_offload_s(profile, structure, cluster, rates, size),
                 predicted_update_s(profile, structure, cluster, rates, job.optimizer),
                 *astuple(predicted_hideable(talk, structure, cluster)),

@@ -1,7 +1,8 @@
 """A search as it would go on hardware that is not there, answered by virtual runs."""
 
 import logging
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 
 from autotune.config import AUTO
 from autotune.errors import UsageError, VirtualRunUnavailableError
-from autotune.intake import Workload, run_virtually, total_steps
+from autotune.intake import Workload, on_one_node, run_virtually, total_steps
 from autotune.outcome import Measured, OutOfMemory, Rung
 from autotune.pipeline import require_any_kept, require_best
 from autotune.probe.protocol import ProbeRequest, RungFailure, RungMeasurement
 from autotune.setting import Setting, Structure
+from autotune.tune import narrowing
+from autotune.tune.beliefs import NO_HINTS, Hint
 from autotune.tune.loop import Tuned, Tuner
 from autotune.tune.search import rungs_s, start_s
 from autotune.tune.site import JobSite
@@ -134,9 +137,37 @@ def rehearse(workload: Workload, logs: Path, *, noise: float) -> dict[str, Any]:
         msg = "--tune-budget auto needs to know how long the training is: name --dataset or --rows"
         raise UsageError(msg)
     require_any_kept(plan)
+    narrowed, narrowing_s, known = None, 0.0, NO_HINTS
+    if workload.question.cluster.num_nodes > 1:
+        node = on_one_node(workload, logs)
+        if node.plan.kept.any():
+            narrowed, narrowing_s = _search(node, logs, noise, narrows=True)
+            known = narrowing.hints(plan, node.plan, narrowed.rungs)
+    tuned, tuning_s = _search(workload, logs, noise, hints=known)
+    document = _document(workload, tuned, narrowing_s + tuning_s)
+    if narrowed is not None:
+        document["on_one_node"] = {
+            "probes": _probes(narrowed.rungs),
+            "rungs": len(narrowed.rungs),
+            "seconds": narrowing_s,
+        }
+    return document
+
+
+def _search(
+    workload: Workload,
+    logs: Path,
+    noise: float,
+    *,
+    narrows: bool = False,
+    hints: Mapping[int, Hint] = NO_HINTS,
+) -> tuple[Tuned, float]:
+    """Search, or only narrow down; returns the seconds that it would take too."""
+    options = workload.question.options
+    budget, steps = options["tune_budget"], total_steps(workload)
     rehearsal = Rehearsal(workload, logs, noise=noise, seed=options["seed"])
     tuner = Tuner(
-        plan,
+        workload.plan,
         rehearsal,
         rehearsal,
         [],
@@ -145,11 +176,17 @@ def rehearse(workload: Workload, logs: Path, *, noise: float) -> dict[str, Any]:
         parameters=workload.profile.parameters,
         steps=steps,
         thrifty=budget == AUTO,
+        hints=hints,
         sampler=options["sampler"],
         seed=options["seed"],
     )
-    tuned = tuner.run(max_probes=options["max_probes"], budget_s=None if budget == AUTO else budget)
-    return _document(workload, tuned, rehearsal.now_s)
+    share = narrowing.SHARE if narrows else 1.0
+    tuned = tuner.run(
+        max_probes=math.ceil(share * options["max_probes"]),
+        budget_s=None if budget in {AUTO, None} else share * budget,
+        tell_apart=not narrows,
+    )
+    return tuned, rehearsal.now_s
 
 
 def _document(workload: Workload, tuned: Tuned, seconds: float) -> dict[str, Any]:
@@ -163,6 +200,7 @@ def _document(workload: Workload, tuned: Tuned, seconds: float) -> dict[str, Any
         "cluster": {
             "device_name": workload.question.cluster.device_name,
             "num_devices": workload.question.cluster.num_devices,
+            "num_nodes": workload.question.cluster.num_nodes,
             "device_memory_bytes": workload.question.cluster.device_memory_bytes,
         },
         "job": {"precision": workload.job.precision, "method": workload.job.method},

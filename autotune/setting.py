@@ -70,6 +70,8 @@ class Structure:
         stage3_param_persistence_threshold: elements up to which stage 3 leaves a parameter whole.
         threads_per_rank: of a rank on a CPU; `THREADS_DETECTED` leaves it to the cluster.
         expandable_segments: whether torch's allocator on a GPU grows its segments.
+        zero_hpz_partition_size: ranks in a row that have all weights of stage 3 among them too, so
+            that most gathers stay with them; 1 leaves the weights to all ranks together.
     """
 
     zero_stage: int
@@ -86,6 +88,7 @@ class Structure:
     threads_per_rank: int = THREADS_DETECTED
     loss: str = WHOLE
     expandable_segments: bool = False
+    zero_hpz_partition_size: int = 1
 
     def __post_init__(self) -> None:
         if self.overlap_comm not in {True, False}:
@@ -130,6 +133,7 @@ class Structure:
             "threads_per_rank": f"threads-{self.threads_per_rank}",
             "loss": f"{self.loss}-loss",
             "expandable_segments": "expandable-segments",
+            "zero_hpz_partition_size": f"hpz-{self.zero_hpz_partition_size}",
         }
         return tuple(
             word for knob, word in words.items() if getattr(self, knob) != getattr(plain, knob)
@@ -158,6 +162,7 @@ _LATER_KNOBS = frozenset(
         "threads_per_rank",
         "loss",
         "expandable_segments",
+        "zero_hpz_partition_size",
     }
 )
 """What JSON has only where it says something, so that older settings keep their names."""

@@ -18,6 +18,8 @@ from autotune.setting import ZERO_STAGES, Setting, Structure
 
 Ints = NDArray[np.int64]
 
+PARTITION = "zero_hpz_partition_size"
+
 CHECKPOINTING_MODES = ("none", "full")
 """Of a model that transformers can checkpoint."""
 
@@ -191,7 +193,15 @@ def _choices(
         return (plain,) if only else ()
     if knob in _OF_THE_MODEL:
         return tuple(value for value in pins[knob] if value in offered)
+    if knob == PARTITION:
+        groups = tuple(size for size in pins[knob] if _divides(size, cluster))
+        return groups or ((plain,) if knob in pins.where_there else ())
     return pins[knob]
+
+
+def _divides(size: Value, cluster: Cluster) -> bool:
+    """Tell whether the ranks make groups of this size, as DeepSpeed asks (utils/groups.py)."""
+    return cluster.num_devices % int(size) == 0
 
 
 _OF_THE_MODEL = ("attention", "checkpointing")
@@ -236,6 +246,8 @@ def _why_nothing_is_left(
             reasons.append(f"{name} is of torch's allocator on GPUs")
         elif name == "threads_per_rank" and cluster.has_separate_memory:
             reasons.append(f"{name} is of ranks on a CPU")
+        elif name == PARTITION and not any(_divides(size, cluster) for size in pins[name]):
+            reasons.append(f"{name} has to divide the {cluster.num_devices} ranks")
         elif knob.stages != ZERO_STAGES:
             reasons.append(f"{name} is of ZeRO {', '.join(map(str, knob.stages))}")
     because = "; ".join(reasons)

@@ -306,32 +306,49 @@ class Communication:
     Attributes:
         forward_s: each forward pass.
         backward_s: each backward pass.
+        first_forward_s: the forward pass of the first micro-step after an update, besides.
         last_backward_s: the backward pass of the last micro-step of an update, besides.
         update_s: each update.
     """
 
     forward_s: float = 0.0
     backward_s: float = 0.0
+    first_forward_s: float = 0.0
     last_backward_s: float = 0.0
     update_s: float = 0.0
 
 
 def predicted_communication(
-    profile: ModelProfile, structure: Structure, ranks: int, rates: Rates, element_bytes: int
+    profile: ModelProfile,
+    structure: Structure,
+    ranks: int,
+    rates: Rates,
+    element_bytes: int,
+    ranks_per_node: int | None = None,
 ) -> Communication:
     """Return what a rank communicates: its bytes over the link, and the start of each collective.
+
+    A ring through several nodes goes as fast as its slowest link, which the rate of all ranks is;
+    what stays within a node (zero_hpz_partition_size) goes at that of a node.
 
     Bytes that a rank sends, by the ring algorithms, as in the ZeRO paper (arXiv:1910.02054, section
     7), but for stages 1 and 2, which reduce a bucket of gradients to all ranks and then keep their
     own part (average_tensor of stage_1_and_2.py, use_multi_rank_bucket_allreduce): twice the size
     of the gradients. They gather the weights that were trained after the update. Stage 3 gathers
     all weights in either pass and scatters the gradients.
+
+    Args:
+        profile: of the model.
+        structure: whose stage, partition and buckets count.
+        ranks: all of them.
+        rates: of a rank.
+        element_bytes: of weights and gradients.
+        ranks_per_node: how many ranks in a row are in one node; all unless told.
     """
     if ranks == 1:
         return Communication()
     a_byte_s = (ranks - 1) / ranks / rates.link_bytes_per_s
     gradients_s = a_byte_s * element_bytes * profile.trainable_parameters
-    weights_s = a_byte_s * element_bytes * profile.parameters
 
     def started_s(bucket: int) -> float:
         buckets = -(-profile.trainable_parameters // profile.bucket(bucket))
@@ -348,9 +365,28 @@ def predicted_communication(
             return Communication(backward_s=reduced_s, update_s=gathered_s)
         case _:
             gathers = profile.longer_than(structure.stage3_param_persistence_threshold)
-            weights_s += gathers * rates.collective_overhead_s
+            weights_s = _gathered_s(profile.parameters, gathers, ranks, rates, element_bytes)
             scattered_s = reduced_s - gradients_s
-            return Communication(forward_s=weights_s, backward_s=weights_s + scattered_s)
+            group = min(structure.zero_hpz_partition_size, ranks)
+            if group == 1:
+                return Communication(forward_s=weights_s, backward_s=weights_s + scattered_s)
+            inside = (ranks_per_node or ranks) % group == 0
+            group_rates = rates.of_one_node() if inside else rates
+            near_s = _gathered_s(profile.parameters, gathers, group, group_rates, element_bytes)
+            # Its ranks keep what they gathered until the weights change: frozen ones never do
+            # (invalidate_secondary_tensor of stage3.py).
+            changing = profile.trainable_parameters / profile.parameters
+            return Communication(
+                forward_s=near_s,
+                backward_s=near_s + scattered_s,
+                first_forward_s=changing * (weights_s - near_s),
+            )
+
+
+def _gathered_s(elements: int, gathers: int, ranks: int, rates: Rates, element_bytes: int) -> float:
+    """Return the seconds in which all ranks of a ring get what each has a part of."""
+    sent_bytes = (ranks - 1) / ranks * element_bytes * elements
+    return sent_bytes / rates.link_bytes_per_s + gathers * rates.collective_overhead_s
 
 
 def predicted_hideable(
@@ -379,11 +415,12 @@ def hidden_s(hideable: Sequence[Floats], computing_s: Floats, micro_steps: Ints)
     Arguments are columns: those of `Communication` that can be, and what a step computes in how
     many micro-steps.
     """
-    forward_s, backward_s, last_s, _ = hideable
+    forward_s, backward_s, first_s, last_s, _ = hideable
     a_micro_step = computing_s / micro_steps
     backward, forward = _BACKWARD * a_micro_step, (1 - _BACKWARD) * a_micro_step
     each = np.minimum(backward_s, backward) + np.minimum(forward_s, forward)
-    hidden: Floats = micro_steps * each + np.minimum(last_s, backward)
+    first = np.minimum(first_s, np.maximum(forward - forward_s, 0.0))
+    hidden: Floats = micro_steps * each + first + np.minimum(last_s, backward)
     return hidden
 
 

@@ -38,6 +38,7 @@ _KNOBS = {
     (_ZERO, "allgather_bucket_size"): "allgather_bucket_size",
     (_ZERO, "stage3_prefetch_bucket_size"): "stage3_prefetch_bucket_size",
     (_ZERO, "stage3_param_persistence_threshold"): "stage3_param_persistence_threshold",
+    (_ZERO, "zero_hpz_partition_size"): "zero_hpz_partition_size",
 }
 _PLACES = frozenset({"zero_stage", "offload_optimizer", "offload_param"})
 """Knobs that a file means for the training as a whole; others only where a stage has them."""

@@ -1,7 +1,8 @@
 """Structures that may win only under a condition, added where it holds.
 
-Overlapping takes a second bucket, and gains what communication it hides. Rows that are split by
-length are padded less, and ranks wait less for each other. Short buckets, small
+Overlapping takes a second bucket, and gains what communication it hides. Weights that are shared
+out within each node take a second shard, and gain what is not gathered between nodes. Rows that are
+split by length are padded less, and ranks wait less for each other. Short buckets, small
 parameters that stage 3 shards too, and weights in host memory save memory and cost time, so that
 they cannot win where their neighbour fits.
 """
@@ -16,8 +17,8 @@ from autotune.hardware import Cluster
 from autotune.knobs import Pins
 from autotune.plan import Plan
 from autotune.prune import best_beside
-from autotune.setting import REBALANCE, Structure
-from autotune.space import Space, space_of
+from autotune.setting import REBALANCE, ZERO_STAGES, Structure
+from autotune.space import PARTITION, Space, space_of
 from autotune.throughput import Ints
 from autotune.workload import ModelProfile
 
@@ -54,6 +55,28 @@ def with_overlap(
         if plan.space.structures[index].zero_stage in {1, 2}
     ]
     return _with_faster(plan, estimate, plain, {"overlap_comm": True})
+
+
+def with_partition(
+    plan: Plan, estimate: Callable[[Space], Plan], cluster: Cluster, pins: Pins
+) -> Plan:
+    """Add structures of stage 3 whose nodes have all weights each, where that is worth it.
+
+    Args:
+        plan: of the structures whose weights all ranks share.
+        estimate: makes a plan of a space.
+        cluster: what it is for; a single node has nothing to keep apart.
+        pins: knobs that are left as they are.
+    """
+    group = cluster.ranks_per_node
+    if PARTITION in pins or cluster.num_nodes == 1 or group == 1:
+        return plan
+    plain = [
+        index
+        for index in _kept_structures(plan)
+        if plan.space.structures[index].zero_stage == ZERO_STAGES[-1]
+    ]
+    return _with_faster(plan, estimate, plain, {PARTITION: group})
 
 
 def may_rebalance(lengths: Ints, global_batch_size: int, pins: Pins) -> bool:

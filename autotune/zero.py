@@ -48,6 +48,7 @@ class Shards:
         bucket: what gradients are reduced in (reduce_bucket_size).
         persistence: up to how many stage 3 leaves a parameter whole
             (stage3_param_persistence_threshold).
+        group: ranks that have all weights of stage 3 among them (zero_hpz_partition_size).
     """
 
     trained: Ints
@@ -56,6 +57,7 @@ class Shards:
     bucket: int
     persistence: int
     factored: int = 0
+    group: int = 1
     quantised: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @cached_property
@@ -115,6 +117,16 @@ class Shards:
     def _padded(self) -> Ints:
         every = np.concatenate([self.trained, self.frozen])
         return np.asarray(-(-every // self.ranks) * self.ranks, dtype=np.int64)
+
+    @cached_property
+    def secondary(self) -> int:
+        """Return what a rank keeps of the weights for the others of its group.
+
+        _partition_param_sec of partition_parameters.py; parameters that stay whole have it too, as
+        all are partitioned when the engine is built.
+        """
+        group = min(self.group, self.ranks)
+        return int(self._padded.sum()) // group if group > 1 else 0
 
     @cached_property
     def _persists(self) -> NDArray[np.bool_]:
@@ -184,11 +196,12 @@ class Engine:
 def weights(engine: Engine) -> float:
     """Return b Psi, at stage 3 a shard of each parameter (ZeRO section 5.3).
 
+    And one among the ranks of a group, where there is one (ZeRO++, arXiv:2306.10209, section 3.2).
     Of weights in 4 bits, which stage 3 does not have, every rank has all.
     """
     shards, size = engine.shards, engine.compute_bytes
     if engine.zero_stage == 3:  # noqa: PLR2004 - a ZeRO stage
-        return float(size * (shards.shard + shards.frozen_shard))
+        return float(size * (shards.shard + shards.frozen_shard + shards.secondary))
     flat = shards.elements if engine.zero_stage == 0 else shards.ranks * shards.partition
     return float(size * (flat + shards.frozen_elements) + _in_4_bits(engine))
 

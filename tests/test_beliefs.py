@@ -23,7 +23,7 @@ from autotune.partial_checkpointing import with_partial_checkpointing
 from autotune.plan import Plan
 from autotune.setting import Setting, Structure, recomputed_share
 from autotune.throughput import Floats
-from autotune.tune.beliefs import Beliefs, update
+from autotune.tune.beliefs import Beliefs, Hint, update
 from autotune.units import GIB
 
 PLAN = plan_for(make_cluster(gpus=4, memory_bytes=24 * GIB), job=make_job(global_batch_size=64))
@@ -68,6 +68,32 @@ def corrections(beliefs: Beliefs) -> Floats:
     """Return believed over predicted speed."""
     factors: Floats = np.exp(beliefs.log_tokens_per_s) / PLAN.tokens_per_s
     return factors
+
+
+def test_a_hint_is_believed_less_than_what_was_measured() -> None:
+    row = row_of(2, 4)
+    hinted = update(PLAN, [], hints={row: Hint(faster=-0.5, larger=None)})
+    measured_so = after(as_estimated(row, speed=math.exp(-0.5)))
+    assert -0.5 < math.log(corrections(hinted)[row]) < -0.4
+    assert measured_so.log_sd[row] < hinted.log_sd[row] < after().log_sd[row]
+    # It says something of its neighbours, and is no measured best.
+    assert corrections(hinted)[row_of(2, 8)] < 0.8
+    assert hinted.best_tokens_per_s == 0
+    assert (hinted.possible == after().possible).all()
+
+
+def test_what_was_measured_goes_before_its_hint() -> None:
+    row = row_of(2, 4)
+    rungs = [as_estimated(row, speed=1.2, memory=1.05)]
+    hinted = update(PLAN, rungs, hints={row: Hint(faster=-2.0, larger=1.0)})
+    assert same(hinted, update(PLAN, rungs))
+
+
+def test_a_hint_of_memory_moves_the_wall() -> None:
+    row = row_of(3, 1)
+    room = math.log(PLAN.budget_bytes / PLAN.memory.device_bytes[row])
+    larger = update(PLAN, [], hints={row: Hint(faster=0.0, larger=room + 0.2)})
+    assert larger.fit_probability[row] < 0.1 < after().fit_probability[row]
 
 
 def test_before_any_outcome_the_plan_is_believed_but_for_work_that_is_added() -> None:

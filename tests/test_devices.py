@@ -53,10 +53,32 @@ def test_of_unlike_nodes_the_smallest_device_counts() -> None:
 
 def test_between_nodes_the_network_is_the_link() -> None:
     node = [parse_gpus("8xH100-80GB")]
-    assert (
-        named_rates(node, 2, "bf16").link_bytes_per_s
-        < named_rates(node, 1, "bf16").link_bytes_per_s
-    )
+    one, two = (named_rates(node, nodes, "bf16") for nodes in (1, 2))
+    assert two.link_bytes_per_s < one.link_bytes_per_s
+    assert two.node_link_bytes_per_s == one.link_bytes_per_s
+    assert one.node_link_bytes_per_s is None
+    assert two.of_one_node() == one
+    faster = named_rates(node, 2, "bf16", 5e10)
+    assert faster.link_bytes_per_s == pytest.approx(2 * two.link_bytes_per_s)
+    # However fast the network, the devices' own links are on the way.
+    assert named_rates(node, 2, "bf16", 1e15).link_bytes_per_s == one.link_bytes_per_s
+
+
+def test_a_collective_of_more_ranks_takes_longer_to_start() -> None:
+    node = [parse_gpus("8xH100-80GB")]
+    starts = [named_rates(node, nodes, "bf16").collective_overhead_s for nodes in (1, 2, 16, 128)]
+    assert starts == sorted(starts)
+    assert 5 * starts[0] < starts[-1] < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "together"),
+    [(["8xT4-16GB"], 1, 8), (["8xT4-16GB"], 3, 8), (["8xT4-16GB", "4xT4-16GB"], 1, 4)],
+)
+def test_ranks_that_stay_together_are_known(gpus: list[str], nodes: int, together: int) -> None:
+    cluster = named_cluster(list(map(parse_gpus, gpus)), nodes)
+    assert cluster.num_nodes == max(nodes, len(gpus))
+    assert cluster.ranks_per_node == together
 
 
 def test_the_presets_have_the_parameters_of_the_published_models() -> None:

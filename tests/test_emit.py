@@ -184,6 +184,14 @@ def test_stage_3_config_is_the_golden_one() -> None:
         )
 
 
+def test_only_a_partition_of_some_ranks_is_written() -> None:
+    cluster, job, profile = make_cluster(gpus=8), make_job(), make_profile()
+    for group, written in ((1, None), (4, 4)):
+        structure = Structure(zero_stage=3, zero_hpz_partition_size=group)
+        config = ds_config(job, structure.with_micro_batch(1, 8, 32), profile, cluster)
+        assert config["zero_optimization"].get("zero_hpz_partition_size") == written
+
+
 @pytest.fixture
 def hostile_dir(tmp_path: Path) -> Path:
     """Return a directory whose name holds what a shell would act on."""

@@ -152,20 +152,20 @@ def links(kind: str, peer: float | None, host: float | None = 32e9) -> Links:
 def test_links_that_were_found_go_before_the_table() -> None:
     eight = [parse_gpus("8xA100-80GB")]
     table = named_rates(eight, 1, "bf16")
-    alike = named_rates(eight, 1, "bf16", links("nvlink", 300e9))
-    by_slot = named_rates(eight, 1, "bf16", links("pcie", 32e9))
+    alike = named_rates(eight, 1, "bf16", links=links("nvlink", 300e9))
+    by_slot = named_rates(eight, 1, "bf16", links=links("pcie", 32e9))
 
     assert alike == table
     assert by_slot.link_bytes_per_s == pytest.approx(0.8 * 32e9)
     assert by_slot.host_link_bytes_per_s == table.host_link_bytes_per_s
-    assert named_rates(eight, 1, "bf16", links("nvlink", None, None)) == table
+    assert named_rates(eight, 1, "bf16", links=links("nvlink", None, None)) == table
 
 
 def test_a_narrow_slot_slows_peers_that_have_no_link_of_their_own() -> None:
-    narrow = named_rates([parse_gpus("2xRTX3090-24GB")], 1, "bf16", links("pcie", None, 8e9))
+    narrow = named_rates([parse_gpus("2xRTX3090-24GB")], 1, "bf16", links=links("pcie", None, 8e9))
 
     assert narrow.link_bytes_per_s == narrow.host_link_bytes_per_s == pytest.approx(0.8 * 8e9)
-    wide = named_rates([parse_gpus("2xA100-80GB")], 1, "bf16", links("nvlink", None, 8e9))
+    wide = named_rates([parse_gpus("2xA100-80GB")], 1, "bf16", links=links("nvlink", None, 8e9))
     assert wide.link_bytes_per_s == pytest.approx(0.8 * 300e9)
 
 

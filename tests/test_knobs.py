@@ -136,6 +136,8 @@ def test_micro_batch_sizes_are_pinned_too() -> None:
         ({"offload_optimizer": ["cpu"], "zero_stage": [0]}, "offload_optimizer is of ZeRO 1, 2, 3"),
         ({"overlap_comm": [True], "zero_stage": [0]}, "overlap_comm is of ZeRO 1, 2, 3"),
         ({"checkpointing": ["every-7"]}, "of checkpointing this model has none, full here"),
+        ({"zero_hpz_partition_size": [3], "zero_stage": [3]}, "has to divide the 2 ranks"),
+        ({"zero_hpz_partition_size": [2], "zero_stage": [2]}, "is of ZeRO 3"),
     ],
 )
 def test_pins_that_leave_nothing_are_refused_with_why(
@@ -249,6 +251,11 @@ def test_an_estimate_takes_pins_for_its_setting(tmp_path: Path) -> None:
         (("plan", "--set", "attention=flash_attention_2", "--precision", "fp32"), 78, "bf16"),
         (("estimate", "--set", "zero_stage=1,2"), 2, "one setting"),
         (("estimate", "--set", "overlap_comm=true"), 2, "--zero-stage"),
+        (
+            ("estimate", "--zero-stage", 3, "--set", "zero_hpz_partition_size=3"),
+            2,
+            "divide the 2 ranks",
+        ),
         (("estimate", "--set", "zero_stage=1", "--zero-stage", 2), 2, "drop one"),
     ],
 )

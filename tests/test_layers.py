@@ -15,6 +15,9 @@ LAYERS = (
     ("errors", "units", "optimizer"),
     ("hardware", "workload", "setting", "outcome", "knobs"),
     (
+        "slurm",
+        "sbatch",
+        "kubernetes",
         "space",
         "zero",
         "prune",

@@ -10,7 +10,7 @@ from records import make_cluster, make_job, make_moment, make_profile
 
 from autotune.memory import PARTS, STATES, Floats, MemoryEstimate, estimate_memory
 from autotune.setting import Structure
-from autotune.space import Space, enumerate_space
+from autotune.space import Space, enumerate_space, space_of
 from autotune.units import GIB
 from autotune.workload import ModelProfile, Moment, Polynomial, Precision, Trace
 
@@ -37,6 +37,19 @@ def states_of(space: Space, memory: MemoryEstimate, stage: int, *, offload: str 
     states: Floats = sum(getattr(memory, name) for name in STATES)
     (one,) = set(states[rows].tolist())
     return float(one)
+
+
+def test_a_node_that_has_all_weights_has_a_second_shard_of_them() -> None:
+    cluster, job, profile = make_cluster(gpus=8), make_job(), make_profile()
+    whole = 2.0 * profile.parameters
+    weights = {}
+    for group in (1, 4, 8):
+        structure = Structure(zero_stage=3, zero_hpz_partition_size=group)
+        space = space_of((structure,), (1, 2), 32, 8)
+        (weights[group], _) = estimate_memory(space, profile, job, cluster, 512).weights_bytes
+    assert weights[1] == pytest.approx(whole / 8)
+    assert weights[4] == pytest.approx(whole / 8 + whole / 4)
+    assert weights[8] == pytest.approx(whole / 8 + whole / 8)
 
 
 coefficients = st.floats(0, 1e7)

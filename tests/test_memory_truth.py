@@ -91,6 +91,16 @@ CASES = (
     Case(
         model="llama",
         size=WIDE,
+        zero_stage=3,
+        ranks=4,
+        checkpointing="none",
+        micro_batch_size=1,
+        seq_length=64,
+        knobs=(("zero_hpz_partition_size", 2),),
+    ),
+    Case(
+        model="llama",
+        size=WIDE,
         zero_stage=1,
         ranks=2,
         checkpointing="none",

@@ -21,6 +21,7 @@ from autotune.throughput import (
     MicroStepTime,
     StepRate,
     evaluate,
+    hidden_s,
     integrate,
     padded_lengths,
     predicted_communication,
@@ -273,11 +274,60 @@ def test_only_stages_2_and_3_talk_in_every_micro_step() -> None:
     talk = [astuple(talk_of(Structure(zero_stage=stage))) for stage in range(4)]
     # Three quarters of 2 GB of gradients and as much of weights over 100 GB/s; two buckets.
     once, start = 0.015, 2 * RATES.collective_overhead_s
-    assert talk[0] == pytest.approx((0.0, 0.0, 0.0, 2 * once + start))
-    assert talk[1] == pytest.approx((0.0, 0.0, 2 * once + start, once + start))
-    assert talk[2] == pytest.approx((0.0, 2 * once + start, 0.0, once + start))
+    assert talk[0] == pytest.approx((0.0, 0.0, 0.0, 0.0, 2 * once + start))
+    assert talk[1] == pytest.approx((0.0, 0.0, 0.0, 2 * once + start, once + start))
+    assert talk[2] == pytest.approx((0.0, 2 * once + start, 0.0, 0.0, once + start))
     gathering = once + make_profile().longer_than(100_000) * RATES.collective_overhead_s
-    assert talk[3] == pytest.approx((gathering, gathering + once + start, 0.0, 0.0))
+    assert talk[3] == pytest.approx((gathering, gathering + once + start, 0.0, 0.0, 0.0))
+
+
+FAST_INSIDE = replace(
+    RATES,
+    link_bytes_per_s=1e10,
+    collective_overhead_s=1e-3,
+    node_link_bytes_per_s=1e11,
+    node_collective_overhead_s=1e-5,
+)
+
+
+def hpz_of(group: int, profile: ModelProfile | None = None) -> Communication:
+    """Return what eight ranks in nodes of four say to each other."""
+    structure = Structure(zero_stage=3, zero_hpz_partition_size=group)
+    return predicted_communication(profile or make_profile(), structure, 8, FAST_INSIDE, 2, 4)
+
+
+def test_weights_that_a_node_has_are_gathered_between_nodes_once_an_update() -> None:
+    gathers = make_profile().longer_than(100_000)
+    near = 3 / 4 * 2e9 / 1e11 + gathers * 1e-5
+    far = 7 / 8 * 2e9 / 1e10 + gathers * 1e-3
+    scattering = 7 / 8 * 2e9 / 1e10 + 2 * 1e-3
+    assert astuple(hpz_of(1)) == pytest.approx((far, far + scattering, 0.0, 0.0, 0.0))
+    assert astuple(hpz_of(4)) == pytest.approx((near, near + scattering, far - near, 0.0, 0.0))
+    # Two of a node's four have half of the way.
+    assert hpz_of(2).forward_s == pytest.approx(1 / 2 * 2e9 / 1e11 + gathers * 1e-5)
+
+
+def test_a_group_that_leaves_its_node_goes_at_the_rate_between_nodes() -> None:
+    assert hpz_of(8).forward_s == pytest.approx(hpz_of(1).forward_s)
+    assert hpz_of(8).first_forward_s == pytest.approx(0.0)
+    # Four ranks in a row are not in a node of six.
+    structure = Structure(zero_stage=3, zero_hpz_partition_size=4)
+    talk = predicted_communication(make_profile(), structure, 12, FAST_INSIDE, 2, 6)
+    assert talk.forward_s > 3 / 4 * 2e9 / 1e10
+
+
+def test_weights_that_never_change_are_not_gathered_again() -> None:
+    adapters = replace(make_profile(), trainable_parameters=1_000_000)
+    far = hpz_of(1, adapters).forward_s
+    near = hpz_of(4, adapters).forward_s
+    assert hpz_of(4, adapters).first_forward_s == pytest.approx((far - near) / 1000)
+
+
+def test_the_first_forward_pass_hides_no_more_than_it_computes() -> None:
+    computing, steps = np.array([3.0]), np.array([1])
+    columns = [np.array([seconds]) for seconds in (0.4, 0.0, 5.0, 0.0, 0.0)]
+    # A third of the pass is the forward one: 0.4 s of it were hidden already.
+    assert hidden_s(columns, computing, steps) == pytest.approx([0.4 + 0.6])
 
 
 def talk_of(structure: Structure, profile: ModelProfile | None = None) -> Communication:

@@ -20,6 +20,7 @@ from autotune.variants import (
     may_rebalance,
     with_frugal,
     with_overlap,
+    with_partition,
     with_rebalancing,
 )
 
@@ -102,6 +103,38 @@ def test_where_memory_is_short_some_of_it_is_saved_by_what_is_not_outdone() -> N
             assert beside is not None
             assert needs < after.memory.device_bytes[beside]
             assert not after.surely_fits[beside]
+
+
+def partitioned(
+    *, nodes: int = 2, link: float = 1e9, pins: Pins = NOTHING_PINNED
+) -> set[Structure]:
+    """Return what is added for eight GPUs in so many nodes, with fast links inside."""
+    cluster = replace(
+        make_cluster(gpus=8, memory_bytes=900 * GIB), num_nodes=nodes, devices_per_node=8 // nodes
+    )
+    rates = replace(
+        RATES, link_bytes_per_s=link, node_link_bytes_per_s=1e11, node_collective_overhead_s=5e-5
+    )
+
+    def estimate(space: Space) -> Plan:
+        return make_plan(space, PROFILE, make_job(), cluster, rates, DrawnRows.draw(LENGTHS, 42))
+
+    before = estimate(enumerate_space(cluster, 32, pins=pins))
+    return added((before, with_partition(before, estimate, cluster, pins)))
+
+
+def test_where_nodes_are_far_apart_each_has_the_weights_of_stage_3() -> None:
+    found = partitioned()
+    assert found
+    assert {(one.zero_stage, one.zero_hpz_partition_size) for one in found} == {(3, 4)}
+
+
+def test_where_nothing_is_gained_by_it_weights_are_shared_out_among_all() -> None:
+    assert partitioned(link=1e11) == set()
+    assert partitioned(nodes=1) == set()
+    # A rank by itself in its node has nobody to share with.
+    assert partitioned(nodes=8) == set()
+    assert partitioned(pins=Pins.of({"zero_hpz_partition_size": [1]})) == set()
 
 
 def test_a_pinned_knob_is_left_as_it_is() -> None:

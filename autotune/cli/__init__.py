@@ -29,6 +29,7 @@ COMMANDS = {
     "dashboard": "Show the study of a run in optuna-dashboard.",
     "rehearse": "Show how a search would go on hardware that need not be there.",
     "export": "Write what was tuned as the configuration of another tool.",
+    "submit": "Submit a run as a job of a cluster: Slurm, or a manifest for Kubernetes.",
     "data": "Show what a data file holds and how it is trained on.",
     "detect": "Show the devices and what of them may be used.",
     "doctor": "Examine this machine: what a run needs, and what is missing.",

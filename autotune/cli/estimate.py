@@ -13,6 +13,7 @@ from autotune.cli.options import (
     echo_json,
     gpus,
     named_hardware,
+    node_network,
     nodes,
     resolve_options,
     seq_length,
@@ -89,6 +90,7 @@ def _checkpointing(ctx: click.Context, parameter: click.Parameter, text: str) ->
 )
 @gpus
 @nodes
+@node_network
 @config_file
 @as_json
 def command(  # noqa: PLR0913 - the fields of a setting
@@ -98,6 +100,7 @@ def command(  # noqa: PLR0913 - the fields of a setting
     gpus: tuple[str, ...],
     nodes: int,
     *,
+    node_network: int | None,
     exact: bool,
     as_json: bool,
     zero_stage: int,
@@ -110,7 +113,7 @@ def command(  # noqa: PLR0913 - the fields of a setting
     """Estimate memory and speed of one setting, with the DeepSpeed config it would get."""
     from autotune import intake
 
-    named = named_hardware(gpus, nodes)
+    named = named_hardware(gpus, nodes, node_network)
     question = intake.ask(resolve_options(flags, config), named)
     for note in question.notes:
         click.echo(note, err=True)
@@ -185,6 +188,9 @@ def _setting(question: "Question", structure: Structure, micro_batch_size: int) 
         raise UsageError(msg)
     if structure.offload_param != "none" and structure.zero_stage < ZERO_STAGES[-1]:
         msg = "--offload-param needs --zero-stage 3"
+        raise UsageError(msg)
+    if ranks % structure.zero_hpz_partition_size:
+        msg = f"zero_hpz_partition_size has to divide the {ranks} ranks"
         raise UsageError(msg)
     if structure.attention == FLASH_ATTENTION:
         _require_flash_attention(question)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 from autotune.config import OPTIONS, Layer, Option, Options, resolve
 from autotune.errors import ConfigError, InputMissingError, UsageError
+from autotune.units import parse_bytes
 
 if TYPE_CHECKING:
     from autotune.intake import NamedHardware
@@ -52,6 +54,26 @@ nodes = click.option(
 )
 
 
+def _read_rate(
+    ctx: click.Context,
+    parameter: click.Parameter,
+    text: str | None,
+) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from None
+
+
+node_network = click.option(
+    "--node-network",
+    callback=_read_rate,
+    metavar="SIZE",
+    help="Bytes a second that a node of --gpus sends to others at most, 200GB for instance [25GB, "
+    "which is one port of 200 Gbit/s].",
+)
+
+
 seq_length = click.option(
     "--seq-length",
     type=click.IntRange(min=1),
@@ -68,8 +90,10 @@ rows = click.option(
 )
 
 
-def named_hardware(gpus: Sequence[str], nodes: int) -> "NamedHardware | None":
-    """Read --gpus and --nodes.
+def named_hardware(
+    gpus: Sequence[str], nodes: int, network: int | None = None
+) -> "NamedHardware | None":
+    """Read --gpus, --nodes and --node-network.
 
     Raises:
         UsageError: a GPU is not known, a count is none, or the two do not go together.
@@ -81,8 +105,12 @@ def named_hardware(gpus: Sequence[str], nodes: int) -> "NamedHardware | None":
         msg = "--nodes takes one --gpus, which says what a node has"
         raise UsageError(msg)
     if not gpus:
+        if network is not None:
+            msg = "--node-network is of the nodes that --gpus names"
+            raise UsageError(msg)
         return None
-    return NamedHardware(gpus=tuple(map(parse_gpus, gpus)), nodes=nodes)
+    hardware = NamedHardware(gpus=tuple(map(parse_gpus, gpus)), nodes=nodes)
+    return hardware if network is None else replace(hardware, network_bytes_per_s=network)
 
 
 def shared(*names: str) -> Callable[[_Function], _Function]:

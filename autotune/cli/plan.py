@@ -13,6 +13,7 @@ from autotune.cli.options import (
     echo_json,
     gpus,
     named_hardware,
+    node_network,
     nodes,
     resolve_options,
     rows,
@@ -74,6 +75,7 @@ def _read_counts(
 )
 @gpus
 @nodes
+@node_network
 @config_file
 @as_json
 def command(  # noqa: PLR0913 - hardware, rows, prices and forms of the answer
@@ -83,6 +85,7 @@ def command(  # noqa: PLR0913 - hardware, rows, prices and forms of the answer
     gpus: tuple[str, ...],
     nodes: int,
     *,
+    node_network: int | None,
     counts: tuple[int, ...] | None,
     price_per_gpu_hour: tuple[str, ...],
     everything: bool,
@@ -93,6 +96,7 @@ def command(  # noqa: PLR0913 - hardware, rows, prices and forms of the answer
 ) -> None:
     """Show which settings fit and how fast they may be, without probing."""
     from autotune import intake
+    from autotune.devices import NODE_NETWORK_BYTES_PER_S
     from autotune.prices import Prices
 
     options = resolve_options(flags, config)
@@ -102,7 +106,8 @@ def command(  # noqa: PLR0913 - hardware, rows, prices and forms of the answer
         if exact or everything or nodes > 1:
             msg = "--matrix goes with neither --exact nor --all nor --nodes"
             raise UsageError(msg)
-        document = _matrix(options, gpus, counts or _COUNTS, imagined, prices)
+        network = node_network or NODE_NETWORK_BYTES_PER_S
+        document = _matrix(options, gpus, counts or _COUNTS, imagined, prices, network)
         if as_json:
             echo_json(document)
         else:
@@ -111,7 +116,7 @@ def command(  # noqa: PLR0913 - hardware, rows, prices and forms of the answer
     if counts is not None:
         msg = "--counts goes with --matrix; without it write --gpus COUNTxNAME"
         raise UsageError(msg)
-    question = intake.ask(options, named_hardware(gpus, nodes))
+    question = intake.ask(options, named_hardware(gpus, nodes, node_network))
     show_plan(
         question,
         as_json=as_json,
@@ -162,6 +167,7 @@ def _matrix(
     counts: Sequence[int],
     imagined: "ImaginedRows",
     prices: "Prices",
+    network_bytes_per_s: float,
 ) -> dict[str, Any]:
     from autotune import intake
     from autotune.devices import COMPARED, in_nodes, parse_kinds
@@ -169,7 +175,9 @@ def _matrix(
 
     kinds = dict.fromkeys(kind for text in gpus or COMPARED for kind in parse_kinds(text))
     hardware = [
-        intake.NamedHardware(gpus=in_nodes(kind, count)) for kind in kinds for count in counts
+        intake.NamedHardware(gpus=in_nodes(kind, count), network_bytes_per_s=network_bytes_per_s)
+        for kind in kinds
+        for count in counts
     ]
     # One device takes any global batch, so that each cell speaks for itself.
     one = intake.NamedHardware(gpus=in_nodes(hardware[0].gpus[0].gpu, 1))

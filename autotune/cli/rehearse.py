@@ -12,6 +12,7 @@ from autotune.cli.options import (
     echo_json,
     gpus,
     named_hardware,
+    node_network,
     nodes,
     resolve_options,
     rows,
@@ -34,6 +35,7 @@ from autotune.cli.summary import rehearsal_text
 )
 @gpus
 @nodes
+@node_network
 @config_file
 @as_json
 def command(
@@ -44,6 +46,7 @@ def command(
     gpus: tuple[str, ...],
     nodes: int,
     *,
+    node_network: int | None,
     as_json: bool,
     **flags: Any,  # noqa: ANN401
 ) -> None:
@@ -51,7 +54,7 @@ def command(
     from autotune import intake
     from autotune.rehearse import rehearse
 
-    question = intake.ask(resolve_options(flags, config), named_hardware(gpus, nodes))
+    question = intake.ask(resolve_options(flags, config), named_hardware(gpus, nodes, node_network))
     for note in question.cluster.notes:
         click.echo(note, err=True)
     intake.start_processes(question)

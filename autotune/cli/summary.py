@@ -16,7 +16,7 @@ def plan_text(document: dict[str, Any]) -> str:
     cluster = document["cluster"]
     kept = [entry for entry in document["settings"] if entry["rejected_by"] is None]
     head = (
-        f"{_model_and_job(document)}, on {cluster['num_devices']} x {cluster['device_name']}, "
+        f"{_model_and_job(document)}, on {_devices(cluster)}, "
         f"{format_bytes(cluster['device_memory_bytes'])} each"
     )
     counts = document["counts"]
@@ -37,6 +37,11 @@ def _near_miss(miss: dict[str, Any]) -> list[str]:
         f"  nearest: {Setting.from_json(miss['setting']).label()}: {miss['rejected_by']['detail']}",
         f"  it would fit with {_remedies(miss['remedies'])}",
     ]
+
+
+def _devices(cluster: dict[str, Any]) -> str:
+    nodes = f" in {cluster['num_nodes']} nodes" if cluster["num_nodes"] > 1 else ""
+    return f"{cluster['num_devices']} x {cluster['device_name']}{nodes}"
 
 
 def _model_and_job(document: dict[str, Any]) -> str:
@@ -189,18 +194,21 @@ def rehearsal_text(document: dict[str, Any]) -> str:
     """Lay out a rehearsal: what would be probed, in its order, and what would be chosen."""
     cluster = document["cluster"]
     head = (
-        f"{_model_and_job(document)}, on {cluster['num_devices']} x {cluster['device_name']}, "
+        f"{_model_and_job(document)}, on {_devices(cluster)}, "
         f"{format_bytes(cluster['device_memory_bytes'])} each"
     )
+    narrowing = document.get("on_one_node", {}).get("probes", [])
+    probes = [(probe, " on one node") for probe in narrowing]
+    probes += [(probe, "") for probe in document["probes"]]
     rows = [
         [
-            f"{number}  {probe['structure']}",
+            f"{number}  {probe['structure']}{where}",
             str(rung["setting"]["micro_batch_size"]),
             rung["outcome"].replace("_", " "),
             f"{rung['tokens_per_s']:.0f}" if rung["tokens_per_s"] else "",
             format_bytes(rung["device_bytes"]) if rung["device_bytes"] else "",
         ]
-        for number, probe in enumerate(document["probes"], start=1)
+        for number, (probe, where) in enumerate(probes, start=1)
         for rung in probe["rungs"]
     ]
     gain = document["gain_over_default"]

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,26 @@ _MEMORY = Priors(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """How far a setting was off its estimate where it is not what is asked for: on one node.
+
+    Attributes:
+        faster: logarithm of measured over predicted speed.
+        larger: the same of memory; None if it was not measured.
+    """
+
+    faster: float
+    larger: float | None
+
+
+NO_HINTS: Mapping[int, Hint] = MappingProxyType({})
+
+_HINT_OF_SPEED, _HINT_OF_MEMORY = 0.15, 0.03
+"""How far off a hint may be, as a standard deviation: the network between nodes is not in it. Of
+memory it is what a stage shares out among more ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Beliefs:
     """Columns are those of the plan's space.
 
@@ -149,22 +170,32 @@ class Beliefs:
         return fits * np.maximum(improvement, 0.0)
 
 
-def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> Beliefs:
+def update(
+    plan: Plan,
+    rungs: Sequence[Rung],
+    too_large: Sequence[int] = (),
+    hints: Mapping[int, Hint] = NO_HINTS,
+) -> Beliefs:
     """Return what is believed after these outcomes; rows that are too large fit no device.
 
-    Of a setting that was measured again the median speed and the largest memory count; a failure
-    where it had been measured before says nothing of it.
+    A hint counts where its row was not measured. Of a setting that was measured again the median
+    speed and the largest memory count; a failure where it had been measured before says nothing of
+    it.
     """
-    tried = _outcomes(plan, rungs)
+    tried = outcomes(plan, rungs)
     measured = {row: out for row, out in tried.items() if isinstance(out, Measured)}
     faster, sd = _regress(
         Kinship(plan.space, _SPEED),
-        {row: math.log(out.tokens_per_s / plan.tokens_per_s[row]) for row, out in measured.items()},
-        {row: out.spread for row, out in measured.items()},
+        {row: hint.faster for row, hint in hints.items()}
+        | {
+            row: math.log(out.tokens_per_s / plan.tokens_per_s[row])
+            for row, out in measured.items()
+        },
+        dict.fromkeys(hints, _HINT_OF_SPEED) | {row: out.spread for row, out in measured.items()},
     )
     believed = np.log(plan.tokens_per_s) + faster
     estimate = _device_bytes(plan, measured)
-    larger, larger_sd = _memory(plan, tried, estimate)
+    larger, larger_sd = _memory(plan, tried, hints, estimate)
     possible = _possible(plan, tried)
     for row in too_large:
         possible &= ~_needs_as_much(plan, row)
@@ -180,7 +211,7 @@ def update(plan: Plan, rungs: Sequence[Rung], too_large: Sequence[int] = ()) -> 
     )
 
 
-def _outcomes(plan: Plan, rungs: Sequence[Rung]) -> dict[int, Outcome]:
+def outcomes(plan: Plan, rungs: Sequence[Rung]) -> dict[int, Outcome]:
     """Return what came of each row of the plan that was tried."""
     tried: dict[int, list[Outcome]] = {}
     for rung in rungs:
@@ -234,7 +265,9 @@ def fragmentation(plan: Plan, row: int, measured: Measured) -> float | None:
     return min(1.0, beyond / float(plan.memory.fleeting_bytes[row]))
 
 
-def _memory(plan: Plan, tried: Mapping[int, Outcome], estimate: Floats) -> tuple[Floats, Floats]:
+def _memory(
+    plan: Plan, tried: Mapping[int, Outcome], hints: Mapping[int, Hint], estimate: Floats
+) -> tuple[Floats, Floats]:
     """Return by how much every setting is believed to need more of a device than estimated.
 
     In logarithms, with the standard deviation. An out-of-memory says that more was needed than is
@@ -248,14 +281,17 @@ def _memory(plan: Plan, tried: Mapping[int, Outcome], estimate: Floats) -> tuple
         for row, out in tried.items()
         if isinstance(out, Measured) and out.peak_bytes
     }
-    larger, sd = _regress(kinship, peaks)
+    hinted = {row: hint.larger for row, hint in hints.items() if hint.larger is not None}
+    spreads = {row: 0.0 if row in tried else _HINT_OF_MEMORY for row in hinted}
+    peaks = hinted | peaks
+    larger, sd = _regress(kinship, peaks, spreads)
     room = np.log(plan.budget_bytes / estimate)
     surprises = {
         row: float(room[row])
         for row, out in tried.items()
         if isinstance(out, OutOfMemory) and out.where == "device" and room[row] > larger[row]
     }
-    return _regress(kinship, peaks | surprises) if surprises else (larger, sd)
+    return _regress(kinship, peaks | surprises, spreads) if surprises else (larger, sd)
 
 
 def _regress(
@@ -393,6 +429,8 @@ def _savings(space: Space) -> Iterator[NDArray[Any]]:
         yield space.column(place) != "none"
     buckets = np.isin(space.column("zero_stage"), (1, 2))
     yield ~(np.asarray(space.column("overlap_comm"), dtype=bool) & buckets)
+    groups = space.column("zero_hpz_partition_size").astype(np.int64)
+    yield np.where(groups == 1, np.inf, groups)
     for size in _SIZES:
         values = space.column(size)
         yield -np.where(values == BY_MODEL, np.inf, values)

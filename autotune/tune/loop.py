@@ -5,7 +5,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from autotune.plan import Plan
 from autotune.probe.protocol import Prober, ProbeRequest, RungFailure, RungMeasurement
 from autotune.rundir import write_bytes
 from autotune.setting import Setting, Structure
+from autotune.tune.beliefs import NO_HINTS, Hint
 from autotune.tune.earlier import trustworthy, unverified
 from autotune.tune.faults import refuse_set_up_fault, worth_knowing
 from autotune.tune.finals import Finals, finals
@@ -99,7 +100,7 @@ class Tuner:
         judge: asked about what is in doubt to fit.
         others: jobs that share the study.
         watch: told of each probe before it is started, and when it is over.
-        parameters, steps, thrifty: as of `Search`.
+        parameters, steps, thrifty, hints: as of `Search`.
         sampler: what proposes structures, by name (see `SAMPLERS`).
         seed: of samplers that draw.
     """
@@ -119,11 +120,14 @@ class Tuner:
         parameters: int = 0,
         steps: int | None = None,
         thrifty: bool = False,
+        hints: Mapping[int, Hint] = NO_HINTS,
         sampler: str = PRIOR,
         seed: int = 0,
     ) -> None:
         trusted = trustworthy(worth_knowing(known))
-        self.search = Search(plan, trusted, parameters=parameters, steps=steps, thrifty=thrifty)
+        self.search = Search(
+            plan, trusted, parameters=parameters, steps=steps, thrifty=thrifty, hints=hints
+        )
         self.study = new_study(self.search, sampler, seed)
         self._knobs = distributions(plan)
         self._prober = prober
@@ -136,8 +140,11 @@ class Tuner:
         self._deadline = math.inf
         self._starts_s: list[float] = []
 
-    def run(self, *, max_probes: int, budget_s: float | None) -> Tuned:
+    def run(self, *, max_probes: int, budget_s: float | None, tell_apart: bool = True) -> Tuned:
         """Probe until nothing is to be gained or a limit is reached.
+
+        At last the best are measured again where they are too close to be told apart, if that is
+        of interest.
 
         Raises:
             SetupFaultError: probes die, whatever their setting, and none is measured.
@@ -160,7 +167,7 @@ class Tuner:
             self._probe(self.study.ask(self._knobs))
             refuse_set_up_fault([rung for rung in self.search.rungs if not rung.job])
         refuse_set_up_fault(self.search.rungs, at_least=1)
-        if not self._others.are_there:
+        if tell_apart and not self._others.are_there:
             self._tell_finalists_apart()
         self._others.finish()
         return self._tuned(stopped_by)

@@ -1,7 +1,7 @@
 """The search as Optuna sees it: a trial is a structure, its rungs are intermediate values."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from autotune.errors import ConfigError
 from autotune.outcome import SAYS_NOTHING, Measured, Rung
 from autotune.plan import Plan
 from autotune.setting import RANDOM, Setting, Structure
-from autotune.tune.beliefs import in_one, update
+from autotune.tune.beliefs import NO_HINTS, Hint, in_one, update
 from autotune.tune.finals import finals
 from autotune.tune.liar import lies
 
@@ -74,6 +74,7 @@ class Search:
         parameters: of the model; starting a probe of a larger one takes longer.
         steps: optimizer steps of the training; None leaves its length open.
         thrifty: whether a probe has to be expected to save more of the training than it takes.
+        hints: what one node has shown of rows of the plan.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class Search:
         parameters: int = 0,
         steps: int | None = None,
         thrifty: bool = False,
+        hints: Mapping[int, Hint] = NO_HINTS,
     ) -> None:
         self.plan = plan
+        self._hints = hints
         self.rungs = list(rungs)
         self.default = default_setting(plan)
         self._start_s = start_s(parameters)
@@ -117,9 +120,9 @@ class Search:
         self._update()
 
     def _update(self) -> None:
-        self.beliefs = update(self.plan, self.rungs, self._too_large)
+        self.beliefs = update(self.plan, self.rungs, self._too_large, self._hints)
         if assumed := lies(self.plan, self.beliefs, self._at_work):
-            self.beliefs = update(self.plan, [*self.rungs, *assumed], self._too_large)
+            self.beliefs = update(self.plan, [*self.rungs, *assumed], self._too_large, self._hints)
         self._improvement = self.beliefs.expected_improvement()
         corrected = self.plan.tokens_per_s / np.exp(self.beliefs.log_tokens_per_s)
         self._rung_s = rungs_s(self.plan) * corrected
