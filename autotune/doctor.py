@@ -142,12 +142,12 @@ def _versions() -> Iterator[Check]:
             advice="" if inside else f"{wanted} is supported: pip install '{name}{wanted}'",
         )
     for name in _OPTIONAL:
-        there = _version_of(name)
+        installed = _version_of(name)
         yield Check(
             group=_VERSIONS,
             name=name,
-            status="ok" if there else "skipped",
-            found=there or "not installed, and not needed by default",
+            status="ok" if installed else "skipped",
+            found=installed or "not installed, and not needed by default",
         )
 
 

@@ -137,7 +137,8 @@ class Run:
         about = {"run_dir": str(self.dir.root), "host": os.uname().nodename}
         targets = self.question.options["on_event"] or ()
         with StatusFile(self.dir.status) as status, hooks(targets, about, self._events):
-            for listener in (EventLog(self.dir.events), status, *listeners):
+            everybody: tuple[Listener, ...] = (EventLog(self.dir.events), status, *listeners)
+            for listener in everybody:
                 self._events.listen(listener)
             yield
 

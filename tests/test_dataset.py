@@ -232,7 +232,7 @@ def test_blocks_say_how_much_of_the_file_they_took(tmp_path: Path, *, packed: bo
     [
         (b'[{"a": 1}, {"a": 2}', "does not end"),
         (b'[{"a": 1}] {"a": 2}', "has more after its JSON array"),
-        (gzip.compress(b'{"a": 1}\n' * 1000)[:-20], "is damaged"),
+        (gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "is damaged"),
         (b"\x1f\x8bnothing", "is damaged"),
     ],
 )

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autotune.detect.masks import apply_mask
 from autotune.detect.nvidia import (
     NvidiaDevice,
     NvidiaInventory,
-    apply_mask,
     read_nvidia,
     select_visible,
 )

@@ -138,7 +138,7 @@ def test_fp16_needs_no_less_than_bf16_and_more_only_at_stage_3() -> None:
         for precision in ("bf16", "fp16")
     )
     more = fp16.device_bytes - bf16.device_bytes
-    stages = space.column("zero_stage")
+    stages = np.asarray(space.column("zero_stage"), dtype=np.int64)
 
     assert (more >= 0).all()
     assert (more[stages < 3] == 0).all()

@@ -16,7 +16,16 @@ from autotune.errors import (
     SetupFaultError,
     TrainingFailedError,
 )
-from autotune.outcome import Crashed, Interrupted, Measured, OutOfMemory, Rung, TimedOut, Unknown
+from autotune.outcome import (
+    Crashed,
+    Interrupted,
+    Invalid,
+    Measured,
+    OutOfMemory,
+    Rung,
+    TimedOut,
+    Unknown,
+)
 from autotune.remedy import in_words
 from autotune.report.record import Document, RunRecord
 from autotune.setting import Setting
@@ -116,6 +125,13 @@ def _evidence(record: RunRecord, code: object) -> Iterator[Evidence]:
         yield Evidence(title=f"{rung.setting.label()}: {failure(rung)}", text=_left(rung))
 
 
+_IN_WORDS = {
+    Measured.kind: "measured",
+    Interrupted.kind: "stopped from outside",
+    Invalid.kind: "a device went wrong meanwhile",
+}
+
+
 def failure(rung: Rung) -> str:
     """Return a few words on how a rung failed; `measured` if it did not."""
     match rung.outcome:
@@ -127,10 +143,8 @@ def failure(rung: Rung) -> str:
             return f"crashed: {reason.splitlines()[0]}" if reason else "crashed"
         case Unknown(exit_code=code):
             return f"ended with exit code {code} and without a word"
-        case Interrupted():
-            return "stopped from outside"
-        case Measured():
-            return "measured"
+        case Measured() | Interrupted() | Invalid():
+            return _IN_WORDS[rung.outcome.kind]
 
 
 def _left(rung: Rung) -> str:
