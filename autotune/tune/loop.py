@@ -287,9 +287,9 @@ class Tuner:
         less.
         """
         wanted = self.search.next_structure()
-        if wanted is None or not self._draws:
-            return wanted == structure
-        return structure in self.search.open_structures()
+        if wanted is None or wanted == structure:
+            return wanted is not None
+        return self._draws and structure in self.search.open_structures()
 
     def _climb(self, trial: Trial, ladder: Sequence[Setting]) -> None:
         """Learn from rung after rung; the one at work when a stop comes in is interrupted."""
