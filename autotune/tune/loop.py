@@ -129,6 +129,7 @@ class Tuner:
             plan, trusted, parameters=parameters, steps=steps, thrifty=thrifty, hints=hints
         )
         self.study = new_study(self.search, sampler, seed)
+        self._draws = sampler != PRIOR
         self._knobs = distributions(plan)
         self._prober = prober
         self._site = site
@@ -276,15 +277,26 @@ class Tuner:
             self.study.tell(trial, state=TrialState.FAIL)
             return
         try:
-            # Another job may have been through with it before it was claimed.
             self._hear()
-            if ladder := self.search.ladder(structure):
+            if self._is_still_wanted(structure):
+                ladder = self.search.ladder(structure)
                 first = ladder[0].micro_batch_size
                 _log.info("probing %s from micro-batch %d up", structure.label(), first)
                 self._climb(trial, ladder)
         finally:
             self._tell(trial, structure)
             self._others.release()
+
+    def _is_still_wanted(self, structure: Structure) -> bool:
+        """Whether a structure is worth a probe after what was heard since it was claimed.
+
+        Others end when nothing is to be gained by all that is known, so that nobody must go on by
+        less.
+        """
+        wanted = self.search.next_structure()
+        if wanted is None or wanted == structure:
+            return wanted is not None
+        return self._draws and structure in self.search.open_structures()
 
     def _climb(self, trial: Trial, ladder: Sequence[Setting]) -> None:
         """Learn from rung after rung; the one at work when a stop comes in is interrupted."""

@@ -149,7 +149,7 @@ def test_four_jobs_measure_each_setting_once_and_end_with_the_best_of_all(
     jobs = [Job(address, tmp_path, f"job-{number}") for number in range(4)]
     bests = [job.finish() for job in jobs]
     assert_shared(jobs, bests)
-    assert all(job.own for job in jobs)
+    assert sum(bool(job.own) for job in jobs) > 1
     structures = {rung.setting.structure for job in jobs for rung in job.own}
     assert len(structures) <= 12
 
