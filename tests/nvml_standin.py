@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent / "nvml" / "nvml.c"
 COMPILER = shutil.which("cc")
 LIBRARY = "libnvidia-ml.so.1"
 
-Facts = Mapping[str, object]
+Facts = dict[str, object]
 
 A100: Facts = {
     "name": "NVIDIA A100-SXM4-80GB",
