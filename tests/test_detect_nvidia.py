@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.detect.nvidia import (
-    NvidiaDevice,
-    NvidiaInventory,
-    apply_mask,
-    read_nvidia,
-    select_visible,
-)
+from autotune.detect.masks import apply_mask
+from autotune.detect.nvidia import NvidiaDevice, NvidiaInventory, read_nvidia, select_visible
 from autotune.units import GIB
 
 _T = TypeVar("_T")
