@@ -11,12 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.detect.masks import apply_mask
-from autotune.detect.nvidia import (
-    NvidiaDevice,
-    NvidiaInventory,
-    read_nvidia,
-    select_visible,
-)
+from autotune.detect.nvidia import NvidiaDevice, NvidiaInventory, read_nvidia, select_visible
 from autotune.units import GIB
 
 _T = TypeVar("_T")

@@ -98,7 +98,7 @@ def test_a_disk_that_cannot_be_written_fails(tmp_path: Path) -> None:
     assert (found.status, found.exit_code) == ("failed", 73)
 
 
-BUSY = RTX3090 | {"used": 20 * GIB, "processes": "4242:na"}
+BUSY: nvml_standin.Facts = RTX3090 | {"used": 20 * GIB, "processes": "4242:na"}
 ON_CPU = ("--devices", "cpu:1")
 
 CALLS: dict[str, tuple[str, tuple[str, ...]]] = {

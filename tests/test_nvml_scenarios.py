@@ -64,11 +64,11 @@ def on_cpu(reason: str, **case: Any) -> Case:  # noqa: ANN401 - fields of a case
 
 A100_BYTES = named_cluster([parse_gpus("A100-80GB")]).device_memory_bytes
 RTX3090_BYTES = named_cluster([parse_gpus("RTX3090-24GB")]).device_memory_bytes
-BARE = {"uuid": uuid_of(0), "name": "NVIDIA GeForce RTX 3090"}
+BARE: nvml_standin.Facts = {"uuid": uuid_of(0), "name": "NVIDIA GeForce RTX 3090"}
 UNLIKE = scenario(RTX3090, A100, RTX3090)
 TWO = scenario(A100, A100)
 LOST, FORBIDDEN, UNSUPPORTED, UNKNOWN = 15, 4, 3, 999
-BUSY = RTX3090 | {"used": 20 * GIB, "processes": f"4242:{20 * GIB};77:na"}
+BUSY: nvml_standin.Facts = RTX3090 | {"used": 20 * GIB, "processes": f"4242:{20 * GIB};77:na"}
 
 CASES = {
     "one idle A100 is all there": Case(
