@@ -33,6 +33,14 @@ _AS_THE_TRAINER = (
 )
 
 
+_OWN_KERNELS = (
+    "lora_mlp_kernel",
+    "lora_qkv_kernel",
+    "lora_o_kernel",
+    "lora_embedding_kernel",
+)
+
+
 def export(tuned: TunedRun) -> Export:
     trainer = tuned.trainer
     notes = differences(tuned, "Axolotl", every_n=False, rebalances=False, chunks=True)
@@ -93,6 +101,8 @@ def _adapters(tuned: TunedRun) -> dict[str, Any]:
     return {
         "adapter": "qlora" if lora.quantised else "lora",
         "load_in_4bit": lora.quantised,
+        # Kernels of its own, which it would switch on by itself and which were not measured.
+        **dict.fromkeys(_OWN_KERNELS, False),
         "lora_r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
