@@ -111,6 +111,7 @@ class RunDir:
 
     @property
     def events(self) -> Path:
+        """What happened, a line an event, for machines."""
         return self.root / "events.jsonl"
 
     @property
@@ -120,6 +121,7 @@ class RunDir:
 
     @property
     def report(self) -> Path:
+        """The run in one page with pictures, written anew as it goes on."""
         return self.root / "report.html"
 
     def create(self) -> None:

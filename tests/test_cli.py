@@ -63,34 +63,47 @@ JOB_OPTIONS = DATA_OPTIONS | {
     "--trainer",
     "--strict-handoff",
     "--trust-remote-code",
+    "--storage",
+    "--on-event",
     "--config",
     "--json",
 }
 OPTIONS = {
-    "run": JOB_OPTIONS | {"--dry-run"},
-    "tune": JOB_OPTIONS | {"--dry-run"},
-    "train": {"run_dir", "--dry-run", "--json"},
+    "run": JOB_OPTIONS | {"--dry-run", "--quiet"},
+    "tune": JOB_OPTIONS | {"--dry-run", "--quiet"},
+    "train": {"run_dir", "--dry-run", "--quiet", "--json"},
+    "status": {"run_dir", "--watch", "--json"},
     "plan": JOB_OPTIONS
     | {
-        *("--seq-length", "--rows", "--all", "--exact", "--gpus", "--nodes"),
+        *("--seq-length", "--rows", "--all", "--exact", "--gpus", "--nodes", "--node-network"),
         *("--matrix", "--counts", "--price-per-gpu-hour"),
     },
     "estimate": JOB_OPTIONS
     | {
         *("--micro-batch-size", "--zero-stage", "--offload-optimizer", "--offload-param"),
         *("--checkpointing", "--attention", "--seq-length", "--exact", "--gpus", "--nodes"),
+        "--node-network",
     },
     "report": {"run_dir", "--open", "--json"},
     "explain": {"run_dir", "--json"},
     "compare": {"run_a", "run_b", "--json"},
     "dashboard": {"run_dir", "--host", "--port"},
-    "rehearse": JOB_OPTIONS | {"--seq-length", "--rows", "--noise", "--gpus", "--nodes"},
+    "rehearse": JOB_OPTIONS
+    | {"--seq-length", "--rows", "--noise", "--gpus", "--nodes", "--node-network"},
+    "export": {"run_dir", "--to", "--output", "--json"},
+    "submit": {
+        *("words", "--to", "--dry-run", "--json", "--array", "--job-name", "--sbatch"),
+        *("--nodes", "--gpus-per-node", "--cpus-per-node", "--memory-per-node", "--time"),
+        *("--partition", "--account", "--qos", "--warning"),
+        *("--image", "--namespace", "--volume", "--max-restarts"),
+    },
     "data": DATA_OPTIONS
     | {
         *("files", "--model", "--max-seq-length", "--trust-remote-code"),
         *("--show", "--config", "--json"),
     },
     "detect": {"--devices", "--device-memory", "--bench", "--no-cache", "--json"},
+    "doctor": {"--devices", "--device-memory", "--run-dir", "--no-build", "--json"},
 }
 """Commands and options are used from scripts: what is in here stays."""
 
