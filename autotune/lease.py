@@ -28,8 +28,11 @@ class HeldError(Exception):
 
     def __init__(self, owner: "OwnerRecord | None") -> None:
         super().__init__()
+        # After a question mark the library has the namespace of the process.
         self.holder = (
-            f"process {owner.pid} on {owner.hostname}" if owner is not None else "another process"
+            f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
+            if owner is not None
+            else "another process"
         )
 
 

@@ -132,13 +132,12 @@ def test_files_are_the_users_alone(tmp_path: Path, run_dir: RunDir) -> None:
         write_text(tmp_path / "launch.sh", "", mode=0o700)
         run_dir.append_rung(RUNG)
         with run_dir.locked():
-            pass
+            assert mode(run_dir.root / ".lock") == 0o600
         other = RunDir(tmp_path / "other")
         other.create()
     finally:
         os.umask(before)
     assert mode(tmp_path / "a.json") == mode(run_dir.probes) == 0o600
-    assert mode(run_dir.root / ".lock-holder") == 0o600
     assert mode(tmp_path / "launch.sh") == 0o700
     assert mode(other.root) == mode(other.logs) == 0o700
 
