@@ -345,7 +345,7 @@ def test_an_adam_that_does_not_build_gives_way_to_torch_s_with_a_word(
     asked: list[list[str]] = []
 
     def build_ops(names: list[str], log: Path, watch: object) -> None:
-        del log
+        del log, watch
         asked.append(names)
         if "CPUAdamBuilder" in names:
             msg = "cannot build DeepSpeed's ops: CUDA_HOME does not exist"
@@ -362,6 +362,7 @@ def test_an_adam_that_does_not_build_gives_way_to_torch_s_with_a_word(
 
 def test_an_op_that_nothing_stands_in_for_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def build_ops(names: list[str], log: Path, watch: object) -> None:
+        del watch
         msg = f"{names} {log}"
         raise SetupFaultError(msg)
 

@@ -52,7 +52,7 @@ def _script(tuned: TunedRun) -> str:
         evaluation=evaluation,
         ds_config=DS_CONFIG,
         quantisation=_quantisation(tuned.spec.lora, DTYPES[tuned.spec.precision]),
-        quantised=", **QUANTISED" if tuned.spec.lora and tuned.spec.lora.quantised else "",
+        quantised=" **QUANTISED," if tuned.spec.lora and tuned.spec.lora.quantised else "",
         adapters=_adapters(tuned.spec.lora),
     )
 
