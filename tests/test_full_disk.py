@@ -61,7 +61,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_same_command_goes_on(
 
     assert stopped.returncode == 73, stopped.stderr
     assert "Traceback" not in stopped.stderr
-    assert "cannot write" in stopped.stderr.splitlines()[-1]
+    assert "No space left on device" in stopped.stderr.splitlines()[-1]
     learned = RunDir(small_disk / "run").read_rungs()
     filler.unlink()
     done = autotune(*command, cwd=small_disk)

@@ -75,7 +75,8 @@ def test_so_it_is_of_a_large_model_but_for_what_this_host_has_no_memory_for(
     large = ask_both(tmp_path, "--model", "chatglm3-6b", "--seq-length", 3256, "--all")
     for _, found, named in large.values():
         others = {json.dumps(one["setting"]): one for one in named["settings"]}
-        assert len(found["settings"]) == len(others)
+        # Variants are listed of what fits: fewer where the host has no memory for offloading.
+        assert 10 < len(found["settings"]) <= len(others)
         for one in found["settings"]:
             other = others[json.dumps(one["setting"])]
             rejected = one["rejected_by"]
@@ -83,3 +84,13 @@ def test_so_it_is_of_a_large_model_but_for_what_this_host_has_no_memory_for(
                 assert one == other
             elif rejected and rejected["rule"] == "host_memory":
                 assert one["memory"] == other["memory"]
+        assert kept_on_devices(found) == kept_on_devices(named)
+
+
+def kept_on_devices(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of a plan that fit without memory of the host."""
+    return [
+        one
+        for one in plan["settings"]
+        if not one["rejected_by"] and one["memory"]["host_bytes"] == 0
+    ]

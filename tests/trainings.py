@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,12 @@ class Workshop:
         *,
         micro_batch_size: int = 2,
         ranks: int = 2,
-        zero_stage: int = 0,
-        checkpointing: str = "none",
-        sampling: str = "random",
-        loss: str = "whole",
         trainer: dict[str, Any] | None = None,
-        **spec_changes: Any,  # noqa: ANN401 - fields of a TrainSpec
+        **changes: Any,  # noqa: ANN401 - fields of a Structure, then of a TrainSpec
     ) -> Path:
-        structure = Structure(
-            zero_stage=zero_stage, checkpointing=checkpointing, sampling=sampling, loss=loss
-        )
+        names = {one.name for one in fields(Structure)} & changes.keys()
+        knobs = {name: changes.pop(name) for name in names}
+        structure = Structure(**{"zero_stage": 0} | knobs)
         setting = structure.with_micro_batch(micro_batch_size, ranks, self.job.global_batch_size)
         cluster = replace(self.cluster, num_devices=ranks)
         spec = emit.train_spec(
@@ -65,7 +61,7 @@ class Workshop:
             output_dir="training",
             model_output_dir="model",
         )
-        spec = replace(spec, **spec_changes, trainer=spec.trainer | (trainer or {}))
+        spec = replace(spec, **changes, trainer=spec.trainer | (trainer or {}))
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "train_args.json").write_text(json.dumps(spec.to_json()))
         config = emit.ds_config(self.job, setting, self.profile, cluster)

@@ -84,10 +84,11 @@ def accumulates(request: VirtualRequest) -> bool:
     """Tell whether micro-steps before the boundary may need more or less than that at it.
 
     At ZeRO 3 without offload they do not: gradients are added to a buffer that is there in any case
-    (grad_partitions_flat_buffer of stage3.py).
+    (grad_partitions_flat_buffer of stage3.py). But each update begins without hpZ's second shards.
     """
     zero = request.ds_config["zero_optimization"]
     in_a_buffer = zero["stage"] == 3 and "offload_optimizer" not in zero  # noqa: PLR2004
+    in_a_buffer &= "zero_hpz_partition_size" not in zero
     return request.gradient_accumulation_steps > 1 and not in_a_buffer
 
 

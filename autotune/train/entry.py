@@ -4,6 +4,7 @@ Takes the two emitted files and nothing else; the tuner is not needed.
 """
 
 import argparse
+import atexit
 import gc
 import json
 import logging
@@ -54,10 +55,19 @@ def main(argv: list[str] | None = None) -> None:
     output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _reporting_death(output_dir):
         stopped = train(spec, ds_config, output_dir, model_dir, request, resume=options.resume)
+    _leave(STOPPED_CODE if stopped else 0)
+
+
+def _leave(code: int) -> None:
+    """End without tearing the interpreter down, once everything is written and trackers have ended.
+
+    In a teardown, a thread of a library that asks for the interpreter's lock is unwound through C++
+    and aborts the process: a training that had ended well would be told as failed.
+    """
+    atexit._run_exitfuncs()  # noqa: SLF001 - what the interpreter does first at its end
     sys.stdout.flush()
     sys.stderr.flush()
-    if stopped:
-        os._exit(STOPPED_CODE)
+    os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:
