@@ -129,7 +129,10 @@ class Run:
                 return done
             self._refuse_foreign()
             with self._told(listeners):
-                return self._to_the_end(with_training=with_training)
+                try:
+                    return self._to_the_end(with_training=with_training)
+                finally:
+                    self._report()
 
     @contextmanager
     def _told(self, listeners: Sequence[Listener]) -> Iterator[None]:

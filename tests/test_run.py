@@ -77,6 +77,10 @@ def test_every_file_of_the_contract_is_there(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} >= CONTRACT
 
 
+def test_the_report_says_that_it_is_done(run_dir: Path) -> None:
+    assert "Tuned and trained" in (run_dir / "report.html").read_text()
+
+
 def test_every_setting_of_the_plan_keeps_the_global_batch(run_dir: Path) -> None:
     settings = [entry["setting"] for entry in read(run_dir / "plan.json")["settings"]]
 
@@ -332,6 +336,7 @@ def test_where_nothing_fits_the_shortfall_is_told(tmp_path: Path, short_rows: Pa
     assert "20.0 MiB are there" in done.stderr.splitlines()[-1]
     assert read(tmp_path / "run" / "result.json")["exit_code"] == 71
     assert read(tmp_path / "run" / "status.json")["phase"] == "stopped"
+    assert "Failed: nothing fits the devices" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow
