@@ -576,6 +576,14 @@ OPTIONS: tuple[Option, ...] = (
         help="Leave out what earlier runs of such a job have measured.",
     ),
     Option(
+        name="nvme_path",
+        parse=_text,
+        default=None,
+        metavar="DIR",
+        help="Directory on an NVMe drive, on each node, that ZeRO 3 may offload the optimizer to "
+        "[none].",
+    ),
+    Option(
         name="storage",
         parse=_text,
         default=None,

@@ -6,9 +6,9 @@ from typing import Any
 
 from autotune.hardware import Cluster
 from autotune.optimizer import ADAFACTOR, ADAMW_8BIT, OF_TRANSFORMERS
-from autotune.setting import Setting
+from autotune.setting import NVME, Setting
 from autotune.workload import Job, ModelProfile, TrainSpec
-from autotune.zero import MAX_LIVE_PARAMETERS
+from autotune.zero import MAX_LIVE_PARAMETERS, NVME_BUFFERS, NVME_SUB_GROUP_ELEMENTS
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
@@ -61,7 +61,7 @@ def ds_config(
         "gradient_accumulation_steps": setting.gradient_accumulation_steps,
         "gradient_clipping": job.max_grad_norm,
         **_optimizer(job, cluster, setting),
-        "zero_optimization": _zero(setting, profile),
+        "zero_optimization": _zero(job, setting, profile),
         "bf16": {"enabled": job.precision == "bf16"},
         "fp16": _SCALED_LOSS if job.precision == "fp16" else {"enabled": False},
         "steps_per_print": 1_000_000_000,
@@ -141,7 +141,7 @@ def _on_host(cluster: Cluster, setting: Setting) -> bool:
     return setting.structure.offload_optimizer != "none" and cluster.has_separate_memory
 
 
-def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
+def _zero(job: Job, setting: Setting, profile: ModelProfile) -> dict[str, Any]:
     structure = setting.structure
     zero: dict[str, Any] = {"stage": structure.zero_stage}
     if structure.zero_stage == 0:
@@ -153,6 +153,9 @@ def _zero(setting: Setting, profile: ModelProfile) -> dict[str, Any]:
     }
     if structure.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": structure.offload_optimizer, "pin_memory": True}
+    if structure.offload_optimizer == NVME:
+        zero["offload_optimizer"] |= {"nvme_path": job.nvme_path, "buffer_count": NVME_BUFFERS}
+        zero["sub_group_size"] = NVME_SUB_GROUP_ELEMENTS
     if structure.zero_stage < 3:  # noqa: PLR2004 - a ZeRO stage
         return zero | {
             "allgather_partitions": True,
@@ -229,6 +232,7 @@ def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str,
         "weight_decay": job.weight_decay,
         "max_grad_norm": job.max_grad_norm,
         **optim,
+        **({"torch_compile": True} if setting.structure.torch_compile else {}),
         "adam_beta1": betas[0],
         "adam_beta2": betas[1],
         "adam_epsilon": theirs.get("eps", ADAM_EPS),

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -62,6 +63,7 @@ from autotune.user_config import read_user_config
 from autotune.variants import (
     may_rebalance,
     with_frugal,
+    with_nvme,
     with_overlap,
     with_partition,
     with_rebalancing,
@@ -238,14 +240,21 @@ def _what_quantises(options: Options) -> list[str]:
 
 
 def require_working(question: Question, log: Path) -> None:
-    """Refuse what quantises and does not work on the devices, before anything is spent.
+    """Refuse what does not work here, before anything is spent: what quantises, or a drive.
 
     Raises:
-        ConfigError: the text has what the library says.
+        ConfigError: the text has what the library says, or which directory is needed.
     """
     from autotune.profile.child import check_quantising
 
     options = question.options
+    nvme = options["nvme_path"]
+    if nvme is not None and not (Path(nvme).is_dir() and os.access(nvme, os.W_OK | os.X_OK)):
+        msg = (
+            f"--nvme-path {nvme} is no directory that can be written to: make one on an NVMe "
+            "drive, at the same place on each node"
+        )
+        raise ConfigError(msg)
     needs = _what_quantises(options)
     if needs:
         precision = choose_precision(options["precision"], question.cluster)
@@ -505,6 +514,8 @@ def _planned(
     plan = with_partition(plan, estimate, cluster, question.pins)
     if drawn.rebalanced:
         plan = with_rebalancing(plan, estimate, question.pins)
+    if job.nvme_path is not None:
+        plan = with_nvme(plan, estimate, question.pins)
     plan = with_frugal(plan, estimate, profile, question.pins)
     if "checkpointing" not in question.pins and plan.has_place_between():
         plan = with_partial_checkpointing(plan, PARTIAL_CHECKPOINTING, profile.num_layers)
@@ -550,6 +561,7 @@ def limits(job: Job, profile: ModelProfile, question: Question) -> dict[str, Lim
         profile.trainable_parameters,
         question.cluster.num_devices,
         in_4_bits=bool(profile.quantised_sizes),
+        nvme=job.nvme_path is not None,
     )
 
 
@@ -678,6 +690,7 @@ def _job(options: Options, source: ModelSource, precision: Any, max_seq_length: 
         trainer=tuple(sorted((options["trainer"] or {}).items())),
         save_every_s=options["save_every"],
         eval_share=options["eval_share"],
+        nvme_path=options["nvme_path"] and str(Path(options["nvme_path"]).absolute()),
         **{
             name: options[name]
             for name in (

@@ -10,6 +10,7 @@ from autotune.setting import (
     BY_MODEL,
     CHUNKED,
     FLASH_ATTENTION,
+    NVME,
     RANDOM,
     REBALANCE,
     WHOLE,
@@ -85,7 +86,7 @@ _ELEMENTS = "a whole number of elements, or auto to have it follow from the mode
 KNOBS: tuple[Knob, ...] = (
     Knob(MICRO_BATCH_SIZE, _whole(1), "a whole number of rows"),
     Knob("zero_stage", _whole(ZERO_STAGES[0], ZERO_STAGES[-1]), "0, 1, 2, 3"),
-    Knob("offload_optimizer", _one_of("none", "cpu"), "none, cpu", _SHARDED),
+    Knob("offload_optimizer", _one_of("none", "cpu", NVME), f"none, cpu, {NVME}", _SHARDED),
     Knob("offload_param", _one_of("none", "cpu"), "none, cpu", (3,)),
     Knob("checkpointing", _checkpointing, "none, full, every-2, every-3 and so on"),
     Knob(
@@ -104,6 +105,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("loss", _one_of(WHOLE, CHUNKED), f"{WHOLE}, {CHUNKED}"),
     Knob("expandable_segments", _truth, "true, false"),
     Knob("zero_hpz_partition_size", _whole(1), "a whole number of ranks", (3,)),
+    Knob("torch_compile", _truth, "true, false"),
 )
 """Every knob that can be pinned; a test holds them against the fields of Structure."""
 

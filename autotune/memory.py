@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from autotune import zero
 from autotune.hardware import Cluster
 from autotune.optimizer import ADAFACTOR
-from autotune.setting import Structure
+from autotune.setting import NVME, Structure
 from autotune.space import Space
 from autotune.workload import Job, ModelProfile, Moment
 from autotune.zero import Engine, Shards
@@ -301,6 +301,7 @@ def _terms(
     weights, optimizer = zero.weights(engine), zero.optimizer(engine)
     params_off = structure.offload_param != "none"
     optimizer_off = structure.offload_optimizer != "none"
+    on_nvme = structure.offload_optimizer == NVME
     on_device = weights * (not params_off) + optimizer * (not optimizer_off)
     creation = _creation(engine, cluster) - on_device
     step = max(
@@ -320,8 +321,8 @@ def _terms(
         "buffers_bytes": peak.buffers,
         "other_bytes": beyond - gradients,
         "host_bytes": weights * params_off
-        + optimizer * optimizer_off
-        + zero.offloaded_gradients(engine),
+        + zero.offloaded_optimizer(engine, nvme=on_nvme) * optimizer_off
+        + zero.offloaded_gradients(engine, nvme=on_nvme),
     }
 
 

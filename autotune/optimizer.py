@@ -54,7 +54,12 @@ class Limit:
 
 
 def limits_of(
-    optimizer: Optimizer, trained: int, ranks: int, *, in_4_bits: bool = False
+    optimizer: Optimizer,
+    trained: int,
+    ranks: int,
+    *,
+    in_4_bits: bool = False,
+    nvme: bool = False,
 ) -> dict[str, Limit]:
     """Return what DeepSpeed cannot do together with an optimizer and weights in 4 bits, by knob.
 
@@ -63,8 +68,11 @@ def limits_of(
         trained: parameters that are trained.
         ranks: that share them from ZeRO 1 on.
         in_4_bits: whether there are weights in 4 bits.
+        nvme: whether there is a place for what is offloaded to NVMe.
     """
-    limits = _of_optimizer(optimizer, trained, ranks)
+    nowhere = Limit(values=("none", "cpu"), reason="nvme takes a directory on it (--nvme-path)")
+    limits = {} if nvme else {"offload_optimizer": nowhere}
+    limits |= _of_optimizer(optimizer, trained, ranks)
     if in_4_bits:
         stages = limits["zero_stage"].values if "zero_stage" in limits else (0, 1, 2)
         limits["zero_stage"] = Limit(

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 Offload = Literal["none", "cpu", "nvme"]
 
+NVME = "nvme"
+
 ZERO_STAGES = (0, 1, 2, 3)
 FLASH_ATTENTION = "flash_attention_2"
 
@@ -72,6 +74,7 @@ class Structure:
         expandable_segments: whether torch's allocator on a GPU grows its segments.
         zero_hpz_partition_size: ranks in a row that have all weights of stage 3 among them too, so
             that most gathers stay with them; 1 leaves the weights to all ranks together.
+        torch_compile: whether the model's passes are compiled by torch.
     """
 
     zero_stage: int
@@ -89,6 +92,7 @@ class Structure:
     loss: str = WHOLE
     expandable_segments: bool = False
     zero_hpz_partition_size: int = 1
+    torch_compile: bool = False
 
     def __post_init__(self) -> None:
         if self.overlap_comm not in {True, False}:
@@ -134,6 +138,7 @@ class Structure:
             "loss": f"{self.loss}-loss",
             "expandable_segments": "expandable-segments",
             "zero_hpz_partition_size": f"hpz-{self.zero_hpz_partition_size}",
+            "torch_compile": "compiled",
         }
         return tuple(
             word for knob, word in words.items() if getattr(self, knob) != getattr(plain, knob)
@@ -163,6 +168,7 @@ _LATER_KNOBS = frozenset(
         "loss",
         "expandable_segments",
         "zero_hpz_partition_size",
+        "torch_compile",
     }
 )
 """What JSON has only where it says something, so that older settings keep their names."""

@@ -14,9 +14,11 @@ from autotune.errors import ConfigError, UsageError
 from autotune.hardware import Cluster
 from autotune.knobs import BY_NAME, KNOBS, MICRO_BATCH_SIZE, NO_PINS, Pins, Value, as_text
 from autotune.optimizer import Limit
-from autotune.setting import ZERO_STAGES, Setting, Structure
+from autotune.setting import NVME, ZERO_STAGES, Setting, Structure
 
 Ints = NDArray[np.int64]
+
+_LAST_STAGE = ZERO_STAGES[-1]
 
 PARTITION = "zero_hpz_partition_size"
 
@@ -189,14 +191,21 @@ def _choices(
     if knob not in pins:
         return offered or (plain,)
     if not _has(cluster, zero_stage, knob):
-        only = plain in pins[knob] or knob in pins.where_there
-        return (plain,) if only else ()
+        return _plain_alone(plain, knob, pins)
     if knob in _OF_THE_MODEL:
         return tuple(value for value in pins[knob] if value in offered)
     if knob == PARTITION:
         groups = tuple(size for size in pins[knob] if _divides(size, cluster))
         return groups or ((plain,) if knob in pins.where_there else ())
+    if NVME in pins[knob] and zero_stage < _LAST_STAGE:
+        others = tuple(value for value in pins[knob] if value != NVME)
+        return others or _plain_alone(plain, knob, pins)
     return pins[knob]
+
+
+def _plain_alone(plain: Value, knob: str, pins: Pins) -> tuple[Value, ...]:
+    """Return the value that a knob has where it cannot be turned; none if that is not pinned."""
+    return (plain,) if plain in pins[knob] or knob in pins.where_there else ()
 
 
 def _divides(size: Value, cluster: Cluster) -> bool:
@@ -248,6 +257,8 @@ def _why_nothing_is_left(
             reasons.append(f"{name} is of ranks on a CPU")
         elif name == PARTITION and not any(_divides(size, cluster) for size in pins[name]):
             reasons.append(f"{name} has to divide the {cluster.num_devices} ranks")
+        elif set(pins[name]) == {NVME}:
+            reasons.append(f"DeepSpeed offloads to {NVME} at ZeRO {_LAST_STAGE} alone")
         elif knob.stages != ZERO_STAGES:
             reasons.append(f"{name} is of ZeRO {', '.join(map(str, knob.stages))}")
     because = "; ".join(reasons)

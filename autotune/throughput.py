@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from autotune.hardware import Cluster, Rates
 from autotune.optimizer import Optimizer
-from autotune.setting import RANDOM, WHOLE, Structure, recomputed_share
+from autotune.setting import NVME, RANDOM, WHOLE, Structure, recomputed_share
 from autotune.workload import COMPUTE_BYTES, ModelProfile, Polynomial
 
 Floats = NDArray[np.float64]
@@ -469,7 +469,8 @@ def predicted_offload_s(
     """Return the seconds of copies between device and host (each micro-step, each update).
 
     Gradients go to the host as they are reduced, stage 1's before the update, and updated weights
-    come back. Offloaded weights come for forward and for backward.
+    come back. Offloaded weights come for forward and for backward. What is on NVMe goes through
+    the host for the update.
     """
     a_shard = _share(structure, cluster) * element_bytes / rates.host_link_bytes_per_s
     micro_step_s = update_s = 0.0
@@ -480,7 +481,18 @@ def predicted_offload_s(
         update_s += weights_s + gradients_s * late
     if structure.offload_param != "none":
         micro_step_s += 2 * a_shard * profile.parameters
+    if structure.offload_optimizer == NVME:
+        a_node = profile.trainable_parameters / cluster.num_nodes
+        update_s += _BYTES_ON_NVME * a_node / _NVME_BYTES_PER_S
     return micro_step_s, update_s
+
+
+_BYTES_ON_NVME = 32
+"""An update reads and writes a parameter's weight, two moments and gradient in fp32."""
+
+_NVME_BYTES_PER_S = 3e9
+"""Of the drive that the ranks of a node share: about what one on four lanes of PCIe 3.0 does. It is
+for the order of the settings alone; what is chosen was probed on the drive itself."""
 
 
 def _share(structure: Structure, cluster: Cluster) -> float:

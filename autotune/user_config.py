@@ -24,6 +24,7 @@ _OF_THE_JOB = {
     ("gradient_clipping",): "max_grad_norm",
     ("optimizer", "params", "lr"): "learning_rate",
     ("optimizer", "params", "weight_decay"): "weight_decay",
+    (_ZERO, "offload_optimizer", "nvme_path"): "nvme_path",
 }
 """Keys that say what an option of the job says."""
 

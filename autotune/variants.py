@@ -2,9 +2,10 @@
 
 Overlapping takes a second bucket, and gains what communication it hides. Weights that are shared
 out within each node take a second shard, and gain what is not gathered between nodes. Rows that are
-split by length are padded less, and ranks wait less for each other. Short buckets, small
-parameters that stage 3 shards too, and weights in host memory save memory and cost time, so that
-they cannot win where their neighbour fits.
+split by length are padded less, and ranks wait less for each other. An optimizer on NVMe is slower
+than one in host memory, which may have no room for it. Short buckets, small parameters that stage 3
+shards too, and weights in host memory save memory and cost time, so that they cannot win where
+their neighbour fits.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from autotune.hardware import Cluster
 from autotune.knobs import Pins
 from autotune.plan import Plan
 from autotune.prune import best_beside
-from autotune.setting import REBALANCE, ZERO_STAGES, Structure
+from autotune.setting import NVME, REBALANCE, ZERO_STAGES, Structure
 from autotune.space import PARTITION, Space, space_of
 from autotune.throughput import Ints
 from autotune.workload import ModelProfile
@@ -120,6 +121,26 @@ def _with_faster(
     return _with_added(plan, estimate, added)
 
 
+def with_nvme(plan: Plan, estimate: Callable[[Space], Plan], pins: Pins) -> Plan:
+    """Add structures of stage 3 with the optimizer on NVMe, where the host has no room for it.
+
+    Args:
+        plan: of the structures that offload to host memory.
+        estimate: makes a plan of a space.
+        pins: knobs that are left as they are.
+    """
+    if "offload_optimizer" in pins:
+        return plan
+    space = plan.space
+    beyond = np.unique(space.structure_index[plan.rule() == "host_memory"])
+    added = [
+        replace(space.structures[index], offload_optimizer=NVME)
+        for index in beyond
+        if space.structures[index].zero_stage == ZERO_STAGES[-1]
+    ]
+    return _with_added(plan, estimate, added)
+
+
 def with_frugal(
     plan: Plan, estimate: Callable[[Space], Plan], profile: ModelProfile, pins: Pins
 ) -> Plan:
@@ -175,7 +196,7 @@ def _steps(structure: Structure, profile: ModelProfile) -> Iterator[tuple[str, b
         yield "stage3_param_persistence_threshold", LOW_PERSISTENCE_THRESHOLD
     # The optimizer is six times as large: what has no room for weights has none for it.
     if structure.offload_optimizer != "none" and structure.offload_param == "none":
-        yield "offload_param", structure.offload_optimizer
+        yield "offload_param", "cpu"
 
 
 def _with(space: Space, added: list[Structure]) -> Space:

@@ -48,6 +48,7 @@ class Job:
     `lora` where the method trains adapters; `merge` adds its adapters to the weights in the end.
     `deepspeed` is what the user's own DeepSpeed config says besides the rest.
     `trainer` are the user's own arguments of transformers' TrainingArguments, by name.
+    `nvme_path` is the directory for what is offloaded to NVMe, if there is one.
     `host_adam` is whose AdamW updates what is offloaded: DeepSpeed's, which has to be compiled, or
     torch's.
     """
@@ -76,6 +77,7 @@ class Job:
     eval_share: float = 0.0
     save_every_s: float | None = None
     host_adam: Literal["deepspeed", "torch"] = "deepspeed"
+    nvme_path: str | None = None
 
     @property
     def compute_bytes(self) -> int:

@@ -32,6 +32,10 @@ _ALL_REDUCE_ELEMENTS = 500_000_000
 _SUB_GROUP_ELEMENTS = 1_000_000_000
 """DeepSpeed's defaults: of allreduce_no_retain (engine.py) and of sub_group_size."""
 
+NVME_BUFFERS, NVME_SUB_GROUP_ELEMENTS = 4, 100_000_000
+"""Of the emitted config where the optimizer is on NVMe: weights, gradient and two moments of so
+many elements are in host memory at a time (partitioned_optimizer_swapper.py)."""
+
 _ALIGNMENT = 2
 """nccl_start_alignment_factor of stage_1_and_2.py: partitions start at whole four bytes."""
 
@@ -432,16 +436,31 @@ def updating(engine: Engine, temporaries: int) -> float:
             return float(size * shards.shard + bucket + moving)
 
 
-def offloaded_gradients(engine: Engine) -> float:
+def offloaded_optimizer(engine: Engine, *, nvme: bool) -> float:
+    """Return what an offloaded optimizer has in host memory: all, or what is swapped in at once.
+
+    A sub-group grows by whole parameters until it has its size (_create_fp16_sub_groups of
+    stage3.py).
+    """
+    if not nvme:
+        return optimizer(engine)
+    shards = engine.shards
+    sub_group = min(shards.shard, NVME_SUB_GROUP_ELEMENTS + -(-shards.largest // shards.ranks))
+    return float(NVME_BUFFERS * FP32 * sub_group)
+
+
+def offloaded_gradients(engine: Engine, *, nvme: bool = False) -> float:
     """Return what of the gradients is in host memory beside an offloaded optimizer.
 
     Those of the share in fp32, as the update takes them, and as they were reduced; stages 1 and 2
     (stage_1_and_2.py) have a pinned copy of the largest and those of earlier micro-steps besides
-    (accumulated_grads_in_cpu), stage 3 the flat buffer of its shard.
+    (accumulated_grads_in_cpu), stage 3 the flat buffer of its shard. On NVMe are those in fp32.
     """
     if not engine.offloads:
         return 0.0
     size, more = engine.compute_bytes, 0
+    if nvme:
+        return float(size * engine.share)
     if engine.zero_stage < 3:  # noqa: PLR2004 - a ZeRO stage
         more = engine.shards.largest + engine.share * engine.accumulates
     return float((FP32 + size) * engine.share + size * more)

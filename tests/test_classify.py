@@ -187,6 +187,14 @@ KILLED = replace(NOTHING, exit_codes=(0, -signal.SIGKILL))
             id="a signal without a name",
         ),
         pytest.param(
+            replace(NOTHING, exit_codes=(-signal.SIGTERM, -signal.SIGKILL)),
+            Crashed(
+                reason="rank 1 was ended by SIGKILL in phase micro-batch 4",
+                evidence="the last line",
+            ),
+            id="the killed one of several",
+        ),
+        pytest.param(
             NOTHING,
             Unknown(exit_code=0, evidence="the last line"),
             id="exit 0 without a word",

@@ -63,6 +63,7 @@ JOB_OPTIONS = DATA_OPTIONS | {
     "--trainer",
     "--strict-handoff",
     "--trust-remote-code",
+    "--nvme-path",
     "--storage",
     "--on-event",
     "--config",

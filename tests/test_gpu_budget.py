@@ -51,11 +51,10 @@ def test_the_headroom_is_a_tenth_of_what_others_use_and_no_less_than_the_least()
 
 
 def test_what_is_said_has_free_memory_headroom_and_use() -> None:
-    source = gpu_budget(ROOM, 14 * GIB).source
-
-    assert "14.0 GiB free" in source
-    assert "headroom of 1.00 GiB" in source
-    assert "others use 10.0 GiB" in source
+    assert gpu_budget(ROOM, 14 * GIB).source == (
+        "14.0 GiB free of the GPU less a headroom of 1.00 GiB, as others use 10.0 GiB"
+    )
+    assert gpu_budget(ROOM, ROOM).source == "all of the GPU, which nobody else uses"
 
 
 @given(free_bytes)
@@ -122,7 +121,9 @@ def test_the_headroom_can_be_given_up_with_a_word(asked: int) -> None:
 
     assert (budget.num_bytes, budget.headroom_bytes) == (asked, 9 * GIB - asked)
     assert budget.source == "--device-memory"
-    assert "headroom" in budget.notes[0]
+    (note,) = budget.notes
+    assert note.startswith("--device-memory ")
+    assert note.endswith(" GiB takes of the headroom that is left to others")
 
 
 @pytest.mark.parametrize(("asked", "free"), [(9 * GIB + 1, 9 * GIB), (8 * GIB + 1, None)])
@@ -130,4 +131,6 @@ def test_more_than_there_is_keeps_what_there_is(asked: int, free: int | None) ->
     budget = capped(THERE, asked, free)
 
     assert (budget.num_bytes, budget.headroom_bytes) == (8 * GIB, GIB)
-    assert "is more than there is, so 8.00 GiB is kept (free)" in budget.notes[0]
+    (note,) = budget.notes
+    assert note.startswith("--device-memory ")
+    assert note.endswith(" GiB is more than there is, so 8.00 GiB is kept (free)")

@@ -23,6 +23,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"micro_batch_size": 1, "ranks": 2, "zero_stage": 3},
     {"micro_batch_size": 4, "ranks": 2, "zero_stage": 3, "checkpointing": "full"},
     {"micro_batch_size": 1, "ranks": 4, "zero_stage": 3, "zero_hpz_partition_size": 2},
+    {"micro_batch_size": 4, "ranks": 1, "zero_stage": 2, "torch_compile": True},
     {"micro_batch_size": 4, "ranks": 1, "zero_stage": 0, "loss": "chunked"},
     {"micro_batch_size": 2, "ranks": 2, "zero_stage": 2, "loss": "chunked"},
     {"micro_batch_size": 4, "ranks": 2, "zero_stage": 3, "loss": "chunked"},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune.lease import exclusive
+from autotune.setting import NVME
 
 _log = logging.getLogger(__name__)
 
@@ -20,9 +21,11 @@ def needed_ops(device_kind: str, ds_config: dict[str, Any]) -> tuple[str, ...]:
     communication = ("ShareMemCommBuilder",) if device_kind == "cpu" else ()
     offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     # Offloaded, it is always AdamW, which the config names.
-    by_torch = offload == "cpu" and ds_config["optimizer"]["params"].get("torch_adam", False)
-    optimizer = ("CPUAdamBuilder",) if offload == "cpu" and not by_torch else ()
-    return communication + optimizer
+    on_host = offload != "none"
+    by_torch = on_host and ds_config["optimizer"]["params"].get("torch_adam", False)
+    optimizer = ("CPUAdamBuilder",) if on_host and not by_torch else ()
+    swapping = ("AsyncIOBuilder",) if offload == NVME else ()
+    return communication + optimizer + swapping
 
 
 def load_ops(names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from autotune.memory import GPU_FRAGMENTATION
 from autotune.outcome import SAYS_NOTHING, Measured, Outcome, OutOfMemory, Rung
 from autotune.plan import Plan
-from autotune.setting import BY_MODEL, Structure, recomputed_share
+from autotune.setting import BY_MODEL, NVME, Structure, recomputed_share
 from autotune.space import Space
 
 Floats = NDArray[np.float64]
@@ -75,6 +75,7 @@ _SPEED = Priors(
         "attention": 0.25,
         # Its micro-steps are computed alike.
         "sampling": 0.03,
+        "torch_compile": 0.25,
     },
     minor_knobs=0.03,
     start=0.4,
@@ -96,6 +97,7 @@ _MEMORY = Priors(
         "checkpointing": 0.03,
         "attention": 0.1,
         "sampling": 0.03,
+        "torch_compile": 0.1,
     },
     minor_knobs=0.02,
     start=0.0,
@@ -427,6 +429,7 @@ def _savings(space: Space) -> Iterator[NDArray[Any]]:
     yield space.column("zero_stage")
     for place in ("offload_optimizer", "offload_param"):
         yield space.column(place) != "none"
+        yield space.column(place) == NVME
     buckets = np.isin(space.column("zero_stage"), (1, 2))
     yield ~(np.asarray(space.column("overlap_comm"), dtype=bool) & buckets)
     groups = space.column("zero_hpz_partition_size").astype(np.int64)
@@ -435,7 +438,7 @@ def _savings(space: Space) -> Iterator[NDArray[Any]]:
         values = space.column(size)
         yield -np.where(values == BY_MODEL, np.inf, values)
     # Of which value of these saves memory nothing is known, so that they have to be the same.
-    for other in ("sampling", "attention", "loss", "expandable_segments"):
+    for other in ("sampling", "attention", "loss", "expandable_segments", "torch_compile"):
         values = _codes(space, other)[space.structure_index]
         yield values
         yield -values
