@@ -256,6 +256,7 @@ class Hook:
 
     _LIMIT_S = 10.0
     _LAST_S = 5.0
+    _ENDING_S = 1.0
     _WAITING = 1000
 
     def __init__(
@@ -266,6 +267,7 @@ class Hook:
         self._failed = failed
         self._fails = False
         self._command: subprocess.Popen[bytes] | None = None
+        self._over = threading.Event()
         self._events: queue.Queue[Event | None] = queue.Queue(self._WAITING)
         self._thread = threading.Thread(target=self._work, name="on-event", daemon=True)
         self._thread.start()
@@ -281,11 +283,16 @@ class Hook:
         with suppress(queue.Full):
             self._events.put_nowait(None)
         self._thread.join(self._LAST_S)
-        if self._command is not None:
-            _kill_group(self._command)
+        self._over.set()
+        # A command that the thread was about to start when it was told is seen the next time.
+        deadline = time.monotonic() + self._ENDING_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            if (command := self._command) is not None:
+                _kill_group(command)
+            self._thread.join(0.05)
 
     def _work(self) -> None:
-        while (event := self._events.get()) is not None:
+        while (event := self._events.get()) is not None and not self._over.is_set():
             try:
                 self._deliver(event)
             except Exception as error:  # noqa: BLE001 - whatever a target does, the run goes on

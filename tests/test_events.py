@@ -271,6 +271,8 @@ def test_a_hook_that_hangs_delays_nobody_and_is_ended(
     while is_alive(int(pid.read_text())):
         assert time.monotonic() < deadline, "the hook is still there"
         time.sleep(0.01)
+    # However many events are left, none is told any more.
+    assert not [one for one in threading.enumerate() if one.name == "on-event"]
 
 
 def test_a_hook_that_is_slow_is_given_up_in_time(
