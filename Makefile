@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH_PIP := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: install demo test test-full test-browser test-lowest gpu-check mutants lint docs docs-reference exports-check test-cluster clean
+.PHONY: install demo test test-full test-long test-browser test-lowest gpu-check mutants lint docs docs-reference exports-check test-cluster clean
 
 install: $(VENV)/.installed
 
@@ -37,7 +37,11 @@ test: lint
 	$(PYTEST)
 
 test-full: install
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not long"
+
+# Slow tests once more, with other values.
+test-long: install
+	$(PYTEST) -m long
 
 # Reports in a browser of the system, Debian's package chromium for one; where there is none they are
 # skipped, and nothing is installed for them.

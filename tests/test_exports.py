@@ -439,8 +439,15 @@ def test_the_command_answers_in_json(run_dir: RunDir, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize(
+    ("zero_stage", "method"),
+    [
+        (1, "lora"),
+        (3, "full"),
+        pytest.param(1, "full", marks=pytest.mark.long),
+        pytest.param(3, "lora", marks=pytest.mark.long),
+    ],
+)
 def test_the_script_trains_without_autotune(
     method: str, zero_stage: int, model_dir: Path, tmp_path: Path
 ) -> None:

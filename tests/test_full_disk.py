@@ -50,7 +50,10 @@ def test_a_disk_that_checkpoints_will_not_fit_on_is_told_before_the_first_probe(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [8_192, 40_960, 73_728, 131_072])
+@pytest.mark.parametrize(
+    "room",
+    [8_192, 131_072, *(pytest.param(room, marks=pytest.mark.long) for room in (40_960, 73_728))],
+)
 def test_a_full_disk_is_said_in_a_sentence_and_the_same_command_goes_on(
     small_disk: Path, short_rows: Path, room: int
 ) -> None:

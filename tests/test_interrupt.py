@@ -227,6 +227,7 @@ def test_no_rank_survives_a_controller_that_is_killed_while_training(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_goes_on_after_sigterm_while_probing_and_sigint_while_training(
     controller: Controller,
 ) -> None:
@@ -256,7 +257,7 @@ def spoil_an_answer(controller: Controller) -> None:
     [
         pytest.param(lambda run: run.ranks()[-1].kill(), id="killed"),
         pytest.param(lambda run: run.ranks()[-1].suspend(), id="hung"),
-        pytest.param(spoil_an_answer, id="garbled"),
+        pytest.param(spoil_an_answer, id="garbled", marks=pytest.mark.long),
     ],
 )
 def test_a_rank_that_comes_to_harm_costs_a_rung_and_not_the_run(

@@ -226,7 +226,7 @@ def test_the_losses_are_the_same_under_another_setting(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_it_goes_on_from_a_checkpoint_and_merges_in_the_end(
     run_dir: Path, tmp_path: Path, stage: int
 ) -> None:

@@ -23,11 +23,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"micro_batch_size": 1, "ranks": 2, "zero_stage": 3},
     {"micro_batch_size": 4, "ranks": 2, "zero_stage": 3, "checkpointing": "full"},
     {"micro_batch_size": 1, "ranks": 4, "zero_stage": 3, "zero_hpz_partition_size": 2},
-    {"micro_batch_size": 4, "ranks": 1, "zero_stage": 2, "torch_compile": True},
     {"micro_batch_size": 4, "ranks": 1, "zero_stage": 0, "loss": "chunked"},
     {"micro_batch_size": 2, "ranks": 2, "zero_stage": 2, "loss": "chunked"},
     {"micro_batch_size": 4, "ranks": 2, "zero_stage": 3, "loss": "chunked"},
 ]
+COMPILED = {"micro_batch_size": 4, "ranks": 1, "zero_stage": 2, "torch_compile": True}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,11 @@ def first(shop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", SETTINGS, ids=lambda knobs: "-".join(map(str, knobs.values())))
+@pytest.mark.parametrize(
+    "knobs",
+    [*SETTINGS, pytest.param(COMPILED, marks=pytest.mark.long)],
+    ids=lambda knobs: "-".join(map(str, knobs.values())),
+)
 def test_every_setting_gives_the_same_losses_and_weights(
     shop: Workshop, first: Trained, tmp_path: Path, knobs: dict[str, Any]
 ) -> None:

@@ -19,6 +19,7 @@ from autotune.errors import ConfigError
 from autotune.knobs import NO_PINS, Pins
 from autotune.optimizer import limits_of
 from autotune.plan import Plan, make_plan
+from autotune.profile.child import build_ops
 from autotune.setting import Structure
 from autotune.space import Space, enumerate_space
 from autotune.throughput import DrawnRows
@@ -133,6 +134,8 @@ def test_a_directory_that_is_not_there_is_told_before_anything_is_spent(
 
 
 @pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not HAS_LIBAIO, reason="DeepSpeed's async_io op needs libaio's headers")
 def test_deepspeed_learns_the_same_with_the_optimizer_in_files(tmp_path: Path) -> None:
     data = write_rows(
@@ -149,6 +152,7 @@ def test_deepspeed_learns_the_same_with_the_optimizer_in_files(tmp_path: Path) -
     setting = ON_NVME.with_micro_batch(2, 2, shop.job.global_batch_size)
     config = emit.ds_config(on_disk.job, setting, shop.profile, make_cluster(gpus=2))
     (directory / "ds_config.json").write_text(json.dumps(config))
+    build_ops(needed_ops("cpu", config), tmp_path / "ops.log")
 
     assert train(directory, 2) == pytest.approx(plain, abs=1e-4)
     assert list(drive.rglob("*.swp"))

@@ -11,7 +11,7 @@ from autotune.rundir import RunDir
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("longest", [40, 400])
+@pytest.mark.parametrize("longest", [pytest.param(40, marks=pytest.mark.long), 400])
 def test_no_step_of_the_training_needs_more_than_the_probe_has_seen(
     tmp_path: Path, longest: int
 ) -> None:

@@ -41,7 +41,7 @@ _OF_THE_TRAINER = (
 
 _OWN_TEMPLATES = (
     "ms-swift takes conversations and applies its own template of the model's type, so tokens may "
-    "differ from the run's; where it cannot tell the type, add --model_type"
+    "differ from the run's; where it cannot tell the type, add --model_type or --template"
 )
 
 

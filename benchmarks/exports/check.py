@@ -41,9 +41,12 @@ NOT_NEEDED = {
     # Of other accelerators, clouds, user interfaces and evaluations; or of a CUDA build of torch.
     *("torch", "torchvision", "torchdata", "xformers", "fla-core"),
     *("flash-linear-attention", "gradio", "modal", "s3fs", "gcsfs", "adlfs", "ocifs", "lm-eval"),
-    *("openenv-core", "trackio", "oss2", "av", "wandb", "tensorboard", "evaluate", "optimum"),
+    *("openenv-core", "trackio", "oss2", "av", "wandb", "tensorboard", "optimum", "torchaudio"),
 }
 
+
+STAND_INS = ("torchaudio",)
+"""Imported at the top of modules that are not for text; wheels for Linux are of CUDA builds."""
 
 PROGRAMS = {
     "torchrun": "torch.distributed.run",
@@ -78,7 +81,9 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
             package="axolotl",
             reads="from axolotl.cli.config import load_cfg; load_cfg('axolotl.yaml')",
         ),
-        "ms-swift": Tool(package="ms-swift", arguments=("--model_type", "qwen2")),
+        "ms-swift": Tool(
+            package="ms-swift", arguments=("--model_type", "qwen2", "--template", "qwen2_5")
+        ),
     }
 )
 
@@ -172,6 +177,9 @@ def _environment(name: str, tool: Tool) -> Path:
     # The programs of packages that come from ours.
     for program, module in PROGRAMS.items():
         _write_program(venv / "bin" / program, python, module)
+    for module in STAND_INS:
+        (own / module).mkdir(exist_ok=True)
+        (own / module / "__init__.py").touch()
     done.touch()
     return python
 
