@@ -205,6 +205,17 @@ def test_a_tool_that_lacks_a_knob_says_what_that_does(tool: str) -> None:
     assert sum("than measured" in note for note in notes) == 3
 
 
+@pytest.mark.parametrize("tool", ["accelerate", "trl", "llama-factory", "axolotl", "ms-swift"])
+def test_what_is_compiled_is_compiled_by_the_tool_too(tool: str) -> None:
+    def compiles(*, asked: bool) -> bool:
+        structure = Structure(zero_stage=2, torch_compile=asked)
+        files = EXPORTERS[tool](tuned_run(structure)).files.values()
+        return any("torch_compile: true" in f or "dynamo_backend: INDUCTOR" in f for f in files)
+
+    assert compiles(asked=True)
+    assert not compiles(asked=False)
+
+
 def test_names_from_outside_end_no_comment() -> None:
     tuned = replace(tuned_run(), name="run\nlearning_rate: 7", measured="x\ny: 1")
 

@@ -81,4 +81,4 @@ def test_every_setting_gives_the_same_losses_and_weights(
     assert again.weights.keys() == first.weights.keys()
     for name, weight in again.weights.items():
         apart = (weight - first.weights[name]).norm() / first.weights[name].norm()
-        assert apart < 1e-3, name
+        assert apart < (1e-2 if "torch_compile" in knobs else 1e-3), name

@@ -71,6 +71,7 @@ def export(tuned: TunedRun) -> Export:
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if tuned.checkpoints else None,
         "chunked_cross_entropy": True if tuned.setting.structure.loss == CHUNKED else None,
         **save_strategy(tuned),
+        "torch_compile": tuned.compiles,
         "deepspeed": DS_CONFIG,
     }
     ranks = f"--standalone --nproc-per-node={tuned.ranks}"

@@ -69,7 +69,7 @@ def export(tuned: TunedRun) -> Export:
         "optim": tuned.optim,
         "disable_gradient_checkpointing": not tuned.checkpoints,
         "use_reentrant_gc": False,
-        "use_cpu": tuned.on_cpu or None,
+        "torch_compile": tuned.compiles,
         "ddp_timeout": 180_000_000,
         "deepspeed": DS_CONFIG,
     }

@@ -71,6 +71,7 @@ def export(tuned: TunedRun) -> Export:
         "optim": tuned.optim,
         "gradient_checkpointing": tuned.checkpoints,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if tuned.checkpoints else None,
+        "torch_compile": tuned.compiles,
         "deepspeed": DS_CONFIG,
         "ENV": {"NPROC_PER_NODE": tuned.ranks},
     }

@@ -69,6 +69,11 @@ class TunedRun:
         return self.setting.structure.checkpointing != "none"
 
     @property
+    def compiles(self) -> bool | None:
+        """Whether torch compiles the model; None, which is left out of files, if it does not."""
+        return self.setting.structure.torch_compile or None
+
+    @property
     def every_n_layers(self) -> int:
         """How many layers apart those are that recompute."""
         return checkpointing_period(self.setting.structure.checkpointing)
