@@ -43,6 +43,16 @@ def with_autos(config: Mapping[str, Any]) -> str:
     return _text(copy)
 
 
+def with_autos_alone(config: Mapping[str, Any]) -> str:
+    """Return the config with "auto", for a Trainer that has to make its optimizer itself.
+
+    It is the one that its arguments name, also where DeepSpeed would want its own on the host.
+    """
+    kept = {key: value for key, value in config.items() if key != "optimizer"}
+    own = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return with_autos(kept | own)
+
+
 def without_optimizer(config: Mapping[str, Any]) -> str:
     """Return the literal config for a script that makes its optimizer itself.
 

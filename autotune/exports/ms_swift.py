@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from autotune.exports.deepspeed import with_autos
+from autotune.exports.deepspeed import with_autos_alone
 from autotune.exports.tuned import (
     DS_CONFIG,
     DTYPES,
@@ -78,7 +78,8 @@ def export(tuned: TunedRun) -> Export:
     return Export(
         files={
             "swift.yaml": as_yaml(tuned, notes, content),
-            DS_CONFIG: with_autos(tuned.ds_config),
+            # Its Trainer asks the optimizer for its groups before DeepSpeed has made one.
+            DS_CONFIG: with_autos_alone(tuned.ds_config),
         },
         commands=("swift sft swift.yaml",),
         data="messages",

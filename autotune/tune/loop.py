@@ -178,7 +178,8 @@ class Tuner:
         seen = self._others.look()
         for rung in seen.news:
             self._record(rung)
-            _log.info("%s, on another job: %s", rung.setting.label(), describe(rung))
+            where = "on another job" if rung.job else "before the stop"
+            _log.info("%s, %s: %s", rung.setting.label(), where, describe(rung))
         self.search.hear(seen.news, seen.at_work)
         for structure in dict.fromkeys(rung.setting.structure for rung in seen.news):
             self.study.add_trial(as_trial(structure, self.search))
@@ -349,9 +350,10 @@ class Tuner:
         )
 
     def _learn(self, rung: Rung) -> None:
+        # Others first: what this job alone knew when it is killed they would measure once more.
+        self._others.tell(rung)
         self._record(rung)
         self.search.learn(rung)
-        self._others.tell(rung)
         _log.info("%s: %s", rung.setting.label(), describe(rung))
 
     def _tuned(self, stopped_by: str) -> Tuned:

@@ -326,6 +326,7 @@ class SharedStudy:
         self._beats: dict[int, tuple[int, float]] = {}
         self._claim: _Claim | None = None
         self._unsaid: list[_Claim] = []
+        self._recovered: list[Rung] = []
         self._take_up(known)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="study", daemon=True)
@@ -340,7 +341,7 @@ class SharedStudy:
         trials = self._database.patiently(self._all)
         if trials is None:
             return Seen()
-        news: list[Rung] = []
+        news, self._recovered = self._recovered, []
         at_work: set[Structure] = set()
         for trial in trials:
             if _job_of(trial) == self._job:
@@ -388,12 +389,18 @@ class SharedStudy:
         self._database.patiently(self._say_all, _LAST_PATIENCE_S)
 
     def _take_up(self, known: Sequence[Rung]) -> None:
-        """End what this job had open when it was stopped, and tell what it could not tell then."""
+        """End what this job had open when it was stopped, and tell what it could not tell then.
+
+        What it told and had no time to write down is news to it.
+        """
         trials = self._database.patiently(self._all) or []
         told: set[tuple[str, str]] = set()
         for trial in trials:
             if _job_of(trial) == self._job:
                 told |= {_identity(rung) for rung in _rungs_of(trial)}
+                self._recovered += [
+                    replace(one, job="", cached=False) for one in self._new_rungs(trial)
+                ]
                 if _is_open(trial):
                     self._database.patiently(partial(self._end, trial))
         unsaid: dict[Structure, _Claim] = {}
@@ -406,7 +413,7 @@ class SharedStudy:
         self._unsaid += unsaid.values()
 
     def _new_rungs(self, trial: FrozenTrial) -> list[Rung]:
-        """Return another job's outcomes of a trial that hold here and are not known."""
+        """Return the outcomes of a trial, as of another job, that hold here and are not known."""
         had = trial.user_attrs.get(_BUDGET, 0)
         oldest = datetime.now(UTC) - _HOLD
         new = []

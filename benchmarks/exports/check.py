@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -41,7 +42,7 @@ NOT_NEEDED = {
     # Of other accelerators, clouds, user interfaces and evaluations; or of a CUDA build of torch.
     *("torch", "torchvision", "torchdata", "xformers", "fla-core"),
     *("flash-linear-attention", "gradio", "modal", "s3fs", "gcsfs", "adlfs", "ocifs", "lm-eval"),
-    *("openenv-core", "trackio", "oss2", "av", "wandb", "tensorboard", "optimum", "torchaudio"),
+    *("openenv-core", "trackio", "oss2", "av", "tensorboard", "optimum", "torchaudio"),
 }
 
 
@@ -82,7 +83,13 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
             reads="from axolotl.cli.config import load_cfg; load_cfg('axolotl.yaml')",
         ),
         "ms-swift": Tool(
-            package="ms-swift", arguments=("--model_type", "qwen2", "--template", "qwen2_5")
+            package="ms-swift",
+            reads="import yaml; from swift.arguments import SftArguments; "
+            "from swift.utils import parse_args_from_dict; "
+            "said = yaml.safe_load(open('swift.yaml')); said.pop('ENV'); "
+            "said |= {'model_type': 'qwen2', 'template': 'qwen2_5'}; "
+            "parse_args_from_dict(SftArguments, said)",
+            arguments=("--model_type", "qwen2", "--template", "qwen2_5"),
         ),
     }
 )
@@ -224,7 +231,8 @@ def _tried(name: str, tool: Tool, python: Path, run_dir: Path) -> dict[str, Any]
     found: dict[str, Any] = {"accepted": False, "steps": 0, "losses": []}
     if tool.reads is not None:
         log = directory / "read.log"
-        found["accepted"] = _logged([str(python), "-c", tool.reads], directory, environment, log)
+        alone = environment | _ONE_RANK | {"MASTER_PORT": str(_free_port())}
+        found["accepted"] = _logged([str(python), "-c", tool.reads], directory, alone, log)
     command = ["bash", "run.sh", *tool.arguments]
     if name == "accelerate":
         command += _loop_arguments(run_dir)
@@ -234,6 +242,17 @@ def _tried(name: str, tool: Tool, python: Path, run_dir: Path) -> dict[str, Any]
     found |= {"trained": trained, "steps": len(losses), "losses": losses}
     found["accepted"] |= trained and len(losses) >= STEPS
     return found
+
+
+_ONE_RANK = {"MASTER_ADDR": "localhost", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+"""What torchrun says to a process; some tools meet the other ranks as they read their file."""
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        port: int = listening.getsockname()[1]
+        return port
 
 
 def _loop_arguments(run_dir: Path) -> list[str]:

@@ -42,6 +42,7 @@ from autotune.probe.local import LocalProber
 from autotune.probe.protocol import RungFailure
 from autotune.tune.loop import Tuner
 from autotune.tune.site import JobSite
+from autotune.units import MIB
 
 if TYPE_CHECKING:
     from autotune.setting import Setting
@@ -50,6 +51,10 @@ BENCHMARKS = Path(__file__).parent.parent
 
 MOST_OFF = 0.15
 """What the plan grants its estimates (plan.py)."""
+
+BESIDE_TENSORS = 80 * MIB
+"""Of a rank on a CPU, whose peak is its resident set: what gloo keeps for collectives is not
+modelled, some 55 MiB at stages 1 and 2 of this model, which hides behind any larger one."""
 
 WORTH_TELLING = 1.05
 ROUNDS = 3
@@ -268,7 +273,7 @@ class Machine:
             f"{len(off)} settings, the estimate is off by {statistics.median(off):+.1%} (median), "
             f"{min(off):+.1%} to {max(off):+.1%}"
         )
-        if max(map(abs, off)) > MOST_OFF:
+        if not all(self._is_near(line) for line in lines):
             raise CheckFailedError(said, **figures)
         return said, figures
 
@@ -278,6 +283,10 @@ class Machine:
         if outcome["allocated_bytes"] is not None:
             return float(estimate["allocated_bytes"] / outcome["allocated_bytes"] - 1)
         return float(estimate["device_bytes"] / outcome["peak_bytes"] - 1)
+
+    def _is_near(self, line: dict[str, Any]) -> bool:
+        beside = 0 if self.on_gpu else BESIDE_TENSORS / line["outcome"]["peak_bytes"]
+        return abs(self._off(line)) <= MOST_OFF + beside
 
     def search(self) -> tuple[str, dict[str, Any]]:
         """Search the grid, and measure what was chosen and the fastest again in turn."""
