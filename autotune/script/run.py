@@ -22,6 +22,7 @@ from autotune.config import AUTO, Options
 from autotune.detect import detect
 from autotune.detect.monitor import watch
 from autotune.detect.nvidia import used_bytes
+from autotune.engine.ops import needed_ops
 from autotune.environment import rank_environment, versions
 from autotune.errors import (
     AutotuneError,
@@ -431,6 +432,7 @@ class Look:
         facts = facts_of(read_json(self._facts_file), self.ranks) if self.rungs else None
         answer: RungMeasurement | RungFailure | None = None
         if facts is None:
+            self._build_ops()
             _log.info("starting the script as it is")
             answer = self._first()
             facts = facts_of(read_json(self._facts_file), self.ranks)
@@ -443,6 +445,13 @@ class Look:
         if isinstance(answer, RungFailure):
             self._start_smaller()
         self._require_sizes()
+
+    def _build_ops(self) -> None:
+        """Build what any engine here loads, before ranks would each wait for the other to do it."""
+        from autotune.profile.child import build_ops
+
+        names = needed_ops(self._question.cluster.kind, {"zero_optimization": {}})
+        build_ops(list(names), self._dir.logs / "ops.log", lambda *_: None)
 
     def _learn(self, facts: ScriptFacts) -> None:
         """Take in what is known of the script now; says what it is."""
@@ -486,7 +495,7 @@ class Look:
             path = self._write_config(request, self._question.config)
             return self.carriers.arguments(self._question.script.arguments, {CONFIG: path})
 
-        with self.prober(arguments) as prober:
+        with self.prober(arguments, self._facts_file) as prober:
             return _only(prober, first_request(self._question.cluster, changes))
 
     def _start_smaller(self) -> None:
@@ -497,7 +506,7 @@ class Look:
         for stage in dict.fromkeys((own.zero_stage, stages[-1])):
             structure = own.structure(stage, **own.own_offload(cluster))
             setting = structure.with_micro_batch(self._sizes[0], self.ranks, own.global_batch_size)
-            answer = self._try(setting)
+            answer = self._try(setting, self._facts_file)
             if isinstance(answer, RungFailure):
                 continue
             seen = facts_of(read_json(self._facts_file), self.ranks)
@@ -518,9 +527,11 @@ class Look:
         )
         raise NothingFitsError(msg)
 
-    def _try(self, setting: Setting) -> RungMeasurement | RungFailure:
+    def _try(
+        self, setting: Setting, facts: Path | None = None
+    ) -> RungMeasurement | RungFailure:
         request = request_of([setting], self.job, self._question.cluster, self.facts)
-        with self.prober(self.arguments_of) as prober:
+        with self.prober(self.arguments_of, facts) as prober:
             return _only(prober, request)
 
     def _require_sizes(self) -> None:
@@ -609,14 +620,21 @@ class Look:
         return make_plan(space, profile, self.job, cluster, rates, rows)
 
     @contextmanager
-    def prober(self, arguments: Callable[[ProbeRequest], Sequence[str]]) -> Iterator[ScriptProber]:
-        """Give what tries the script with the arguments of a request, for the length of a block."""
+    def prober(
+        self,
+        arguments: Callable[[ProbeRequest], Sequence[str]],
+        facts: Path | None = None,
+    ) -> Iterator[ScriptProber]:
+        """Give what tries the script with the arguments of a request, for the length of a block.
+
+        `facts` is where the script is to be described.
+        """
         cluster = self._question.cluster
         monitor = watch(cluster.visible_devices) if cluster.has_separate_memory else None
         local = LocalProber(
             self._dir.logs,
             deadlines=SCRIPT_DEADLINES,
-            launcher=ScriptLauncher(self._question.script, cluster, arguments, self._facts_file),
+            launcher=ScriptLauncher(self._question.script, cluster, arguments, facts),
             memory=DeviceMemory(used_bytes) if cluster.has_separate_memory else None,
             monitor=monitor,
         )

@@ -199,7 +199,7 @@ class Watched:
             self._lengths.extend(map(int, lengths))
 
     def _require_honoured(self) -> None:
-        """Refuse batches and accumulation that are not those asked for: others are then measured."""
+        """Refuse batches and accumulation other than those asked for: they would be measured."""
         wanted = self._errand.micro_batch_size
         if wanted == AS_IT_IS:
             return
