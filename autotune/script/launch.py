@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autotune import processes
+from autotune.engine.ops import remove_stale_locks
 from autotune.environment import rank_environment
 from autotune.hardware import Cluster
 from autotune.outcome import Crashed, Unknown
@@ -106,8 +107,10 @@ class ScriptLauncher:
         )
         write_json(path, told.to_json())
         command = self._script.command(self._arguments(request))
+        environment = script_environment(self._cluster)
+        remove_stale_locks(environment)
         common = {
-            **script_environment(self._cluster),
+            **environment,
             **shimmed(os.environ, path),
             **_meeting_place(request.ranks),
             "TMPDIR": str(processes.temporary_dir()),

@@ -22,7 +22,6 @@ from autotune.config import AUTO, Options
 from autotune.detect import detect
 from autotune.detect.monitor import watch
 from autotune.detect.nvidia import used_bytes
-from autotune.engine.ops import needed_ops
 from autotune.environment import rank_environment, versions
 from autotune.errors import (
     AutotuneError,
@@ -273,13 +272,13 @@ class ScriptRun:
         write_json(self.dir.hardware, {"schema": 1, **asdict(question.cluster)})
         known = self.dir.read_rungs()
         before_s = sum(rung.seconds for rung in known)
-        # A trace takes what this has imported; it does so while the script is looked at.
-        processes.start_server(
-            rank_environment(question.cluster.kind, question.cluster.visible_devices)
-        )
         self._enter("profile")
         look = Look(question, self.dir, known, self._record)
         look.take()
+        # What traces a model is forked from it.
+        processes.start_server(
+            rank_environment(question.cluster.kind, question.cluster.visible_devices)
+        )
         profile, plan = look.plan()
         write_json(self.dir.profile, {"schema": 1, **asdict(profile)})
         write_json(self.dir.plan, _plan_document(look, profile, plan))
@@ -354,7 +353,7 @@ class ScriptRun:
         changes = overrides(setting, look.ranks, setting.gradient_accumulation_steps)
         errand = ScriptErrand(device_kind=self.question.cluster.kind, overrides=changes)
         if look.needs_shim(setting):
-            write_json(self.dir.root / "errand.json", errand.to_json())
+            write_json(self.dir.errand, errand.to_json())
         arguments = look.carriers.arguments(
             self.question.script.arguments,
             carried(setting, look.ranks, setting.gradient_accumulation_steps)
@@ -373,7 +372,7 @@ class ScriptRun:
 
     def _command(self) -> TunedCommand:
         cluster, emitted = self.question.cluster, read_json(self.dir.train_args)
-        errand = self.dir.root / "errand.json"
+        errand = self.dir.errand
         return TunedCommand(
             script=self.question.script,
             arguments=tuple(emitted["arguments"]),
@@ -407,10 +406,6 @@ class Look:
         self._sizes: tuple[int, ...] = ()
 
     @property
-    def _facts_file(self) -> Path:
-        return self._dir.root / "script.json"
-
-    @property
     def _maps(self) -> dict[str, str]:
         return {**self.wishes.mappings, **self._question.maps}
 
@@ -429,13 +424,12 @@ class Look:
             SetupFaultError: it ends before anything could be learned.
             NothingFitsError: it fits in no way.
         """
-        facts = facts_of(read_json(self._facts_file), self.ranks) if self.rungs else None
+        facts = facts_of(read_json(self._dir.script), self.ranks) if self.rungs else None
         answer: RungMeasurement | RungFailure | None = None
         if facts is None:
-            self._build_ops()
             _log.info("starting the script as it is")
             answer = self._first()
-            facts = facts_of(read_json(self._facts_file), self.ranks)
+            facts = facts_of(read_json(self._dir.script), self.ranks)
         if facts is None or (isinstance(answer, RungFailure) and not _is_memory(answer.outcome)):
             assert isinstance(answer, RungFailure), "a rung is measured of an engine"
             raise SetupFaultError(_why(answer.outcome, self._dir.logs))
@@ -445,13 +439,6 @@ class Look:
         if isinstance(answer, RungFailure):
             self._start_smaller()
         self._require_sizes()
-
-    def _build_ops(self) -> None:
-        """Build what any engine here loads, before ranks would each wait for the other to do it."""
-        from autotune.profile.child import build_ops
-
-        names = needed_ops(self._question.cluster.kind, {"zero_optimization": {}})
-        build_ops(list(names), self._dir.logs / "ops.log", lambda *_: None)
 
     def _learn(self, facts: ScriptFacts) -> None:
         """Take in what is known of the script now; says what it is."""
@@ -495,7 +482,7 @@ class Look:
             path = self._write_config(request, self._question.config)
             return self.carriers.arguments(self._question.script.arguments, {CONFIG: path})
 
-        with self.prober(arguments, self._facts_file) as prober:
+        with self.prober(arguments, self._dir.script) as prober:
             return _only(prober, first_request(self._question.cluster, changes))
 
     def _start_smaller(self) -> None:
@@ -506,10 +493,10 @@ class Look:
         for stage in dict.fromkeys((own.zero_stage, stages[-1])):
             structure = own.structure(stage, **own.own_offload(cluster))
             setting = structure.with_micro_batch(self._sizes[0], self.ranks, own.global_batch_size)
-            answer = self._try(setting, self._facts_file)
+            answer = self._try(setting, self._dir.script)
             if isinstance(answer, RungFailure):
                 continue
-            seen = facts_of(read_json(self._facts_file), self.ranks)
+            seen = facts_of(read_json(self._dir.script), self.ranks)
             assert seen is not None, "a rung was measured"
             self.facts = replace(
                 seen,
@@ -527,9 +514,7 @@ class Look:
         )
         raise NothingFitsError(msg)
 
-    def _try(
-        self, setting: Setting, facts: Path | None = None
-    ) -> RungMeasurement | RungFailure:
+    def _try(self, setting: Setting, facts: Path | None = None) -> RungMeasurement | RungFailure:
         request = request_of([setting], self.job, self._question.cluster, self.facts)
         with self.prober(self.arguments_of, facts) as prober:
             return _only(prober, request)
@@ -657,7 +642,7 @@ class Look:
         return self.carriers.arguments(self._question.script.arguments, values)
 
     def _write_config(self, request: ProbeRequest, given: Mapping[str, Any]) -> str:
-        directory = self._dir.root / "configs"
+        directory = self._dir.configs
         directory.mkdir(mode=0o700, exist_ok=True)
         size = request.rungs[0].micro_batch_size
         path = directory / f"{request.label}-micro-batch-{size}.json"
