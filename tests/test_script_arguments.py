@@ -56,6 +56,16 @@ def test_what_the_parser_knows_counts_where_the_command_does_not_say_it(tmp_path
     )
 
 
+def test_a_name_whose_value_is_another_carries_nothing(tmp_path: Path) -> None:
+    argv = ("--train_batch_size", "4", "--micro_batch_size=4", "--zero_stage", "2")
+    seen = {MICRO_BATCH: 4, GLOBAL_BATCH: 32, STAGE: 2, ACCUMULATION: 4}
+
+    carriers = find_carriers(argv, {}, {}, tmp_path, seen)
+
+    # As in scripts where it is that of a device.
+    assert carriers.options == {MICRO_BATCH: "--micro_batch_size", STAGE: "--zero_stage"}
+
+
 def test_the_users_own_mapping_goes_before_names(tmp_path: Path) -> None:
     maps = parse_maps(["train_micro_batch_size_per_gpu=--batch_size"])
 

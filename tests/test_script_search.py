@@ -28,7 +28,7 @@ FACTS = ScriptFacts(
     lengths=(10, 20, 30),
     model_config={},
 )
-SITE = ScriptSite(FACTS, job_of(FACTS, "script"), CLUSTER, of_tokens=True)
+SITE = ScriptSite(FACTS, job_of(FACTS, "script"), CLUSTER)
 
 
 class Processes:

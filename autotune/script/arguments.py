@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from autotune.errors import ConfigError, UsageError
@@ -91,27 +92,34 @@ def find_carriers(
     known_options: Mapping[str, Any],
     mapped: Mapping[str, str],
     directory: Path,
+    seen: Mapping[str, int] = MappingProxyType({}),
 ) -> Carriers:
     """Find the options that carry what is tuned.
 
-    What the user has mapped goes before what is known by name.
+    What the user has mapped goes before what is known by name; a name alone is nothing where its
+    value is not what was seen.
 
     Args:
         argv: the script's arguments.
         known_options: what its parser has, as far as that was seen, with `value` of each.
         mapped: by the user, options by key.
         directory: that files are named from.
+        seen: what they have to carry, of what is known of the script's own setting.
     """
     there = {word.partition("=")[0] for word in argv if word.startswith("--")}
     there |= {name for name, option in known_options.items() if option["takes_value"]}
     options = dict(mapped)
-    for key, names in _KNOWN.items():
-        spelt = [name for one in names for name in (one, "--" + one[2:].replace("_", "-"))]
-        first = next((name for name in spelt if name in there), None)
-        if key not in options and first is not None:
-            options[key] = first
     values = dict(_values(argv))
     values |= {name: str(one["value"]) for name, one in known_options.items() if name not in values}
+    for key, names in _KNOWN.items():
+        spelt = [name for one in names for name in (one, "--" + one[2:].replace("_", "-"))]
+        fitting = [
+            name
+            for name in spelt
+            if name in there and (key not in seen or values.get(name) == str(seen[key]))
+        ]
+        if key not in options and fitting:
+            options[key] = fitting[0]
     candidates = [options[CONFIG]] if CONFIG in options else list(values)
     for option in candidates:
         path = directory / values.get(option, "")

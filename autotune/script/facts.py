@@ -6,7 +6,7 @@ from typing import Any
 
 from autotune.errors import SetupFaultError
 from autotune.hardware import Cluster
-from autotune.script.arguments import ACCUMULATION, GLOBAL_BATCH, MICRO_BATCH
+from autotune.script.arguments import ACCUMULATION, GLOBAL_BATCH, MICRO_BATCH, STAGE
 from autotune.setting import ZERO_STAGES, Setting, Structure
 from autotune.workload import Precision
 
@@ -42,6 +42,21 @@ class ScriptFacts:
     @property
     def global_batch_size(self) -> int:
         return self.micro_batch_size * self.accumulation * self.ranks
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Return the lengths of its rows; rows of what is no language model are one each."""
+        return self.lengths if self.model_config is not None and self.lengths else (1,)
+
+    @property
+    def carried(self) -> Mapping[str, int]:
+        """Return what its arguments say of its own setting, as far as they carry it."""
+        return {
+            MICRO_BATCH: self.micro_batch_size,
+            ACCUMULATION: self.accumulation,
+            GLOBAL_BATCH: self.global_batch_size,
+            STAGE: self.zero_stage,
+        }
 
     @property
     def precision(self) -> Precision:

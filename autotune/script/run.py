@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +75,12 @@ from autotune.throughput import DrawnRows
 from autotune.tune.loop import Tuned, Tuner, describe, write_study
 from autotune.tune.search import OneByOne
 from autotune.units import format_bytes, format_count
-from autotune.workload import ModelProfile
+from autotune.workload import Job, ModelProfile
 
 _log = logging.getLogger(__name__)
 
 _NOT_HONOURED = "NotHonoured"
+_NEVER = 1_000_000_000
 _ENVELOPE = ("schema", "fingerprint", "run_dir", "at", "exit_reason", "exit_code", "message")
 
 
@@ -322,10 +322,7 @@ class ScriptRun:
         most = options["max_probes"]
         if wishes.trials is not None and options.sources.get("max_probes") == "default":
             most = wishes.trials
-        facts = look.facts
-        site = ScriptSite(
-            facts, look.job, self.question.cluster, of_tokens=facts.model_config is not None
-        )
+        site = ScriptSite(look.facts, look.job, self.question.cluster)
         with look.prober(look.arguments_of) as prober:
             tuner = Tuner(
                 plan,
@@ -335,7 +332,7 @@ class ScriptRun:
                 record=self._record,
                 parameters=profile.parameters,
                 search=OneByOne,
-                default=facts.own_setting(self.question.cluster),
+                default=look.facts.own_setting(self.question.cluster),
             )
             try:
                 return tuner.run(
@@ -409,8 +406,9 @@ class Look:
     def _maps(self) -> dict[str, str]:
         return {**self.wishes.mappings, **self._question.maps}
 
-    @cached_property
-    def job(self) -> Any:  # noqa: ANN401 - a Job, of what is known by then
+    @property
+    def job(self) -> Job:
+        """Return the script as a job, by what is known of it by now."""
         return job_of(self.facts, self._question.script.path.stem)
 
     @property
@@ -424,7 +422,8 @@ class Look:
             SetupFaultError: it ends before anything could be learned.
             NothingFitsError: it fits in no way.
         """
-        facts = facts_of(read_json(self._dir.script), self.ranks) if self.rungs else None
+        tells = any(isinstance(rung.outcome, Measured | OutOfMemory) for rung in self.rungs)
+        facts = facts_of(read_json(self._dir.script), self.ranks) if tells else None
         answer: RungMeasurement | RungFailure | None = None
         if facts is None:
             _log.info("starting the script as it is")
@@ -436,7 +435,7 @@ class Look:
         self._learn(facts)
         if answer is not None:
             self._keep(self.facts.own_setting(self._question.cluster), answer)
-        if isinstance(answer, RungFailure):
+        if not any(isinstance(rung.outcome, Measured) for rung in self.rungs):
             self._start_smaller()
         self._require_sizes()
 
@@ -448,7 +447,9 @@ class Look:
             # It makes its config itself, so that this is the first that is seen of it.
             self.wishes = read_wishes(facts.given)
         self.wishes.require_within(facts.global_batch_size)
-        self.carriers = find_carriers(script.arguments, facts.options, self._maps, script.directory)
+        self.carriers = find_carriers(
+            script.arguments, facts.options, self._maps, script.directory, facts.carried
+        )
         _log.info(
             "%s: %s, %s parameters, %s; micro-batch %d x accumulation %d on %d ranks are a global "
             "batch of %d, which is kept",
@@ -554,12 +555,7 @@ class Look:
         return None
 
     def _keep(self, setting: Setting, answer: RungMeasurement | RungFailure) -> None:
-        site = ScriptSite(
-            self.facts,
-            self.job,
-            self._question.cluster,
-            of_tokens=self.facts.model_config is not None and bool(self.facts.lengths),
-        )
+        site = ScriptSite(self.facts, self.job, self._question.cluster)
         failed = isinstance(answer, RungFailure)
         rung = Rung(
             setting=setting,
@@ -600,8 +596,7 @@ class Look:
         structures = tuple(dict.fromkeys((own.structure, *measured, *structures)))
         sizes = tuple(sorted({*self._sizes, *(one.setting.micro_batch_size for one in self.rungs)}))
         space = space_of(structures, sizes, facts.global_batch_size, self.ranks)
-        lengths = facts.lengths if facts.model_config is not None and facts.lengths else (1,)
-        rows = DrawnRows.draw(np.array(lengths), seed=0)
+        rows = DrawnRows.draw(np.array(facts.tokens), seed=0)
         return make_plan(space, profile, self.job, cluster, rates, rows)
 
     @contextmanager
@@ -665,6 +660,8 @@ class Look:
         own = self.facts
         if CONFIG in self.carriers.options:
             return False
+        if "autotuning" in own.given:
+            return True
         carried_keys = self.carriers.options.keys()
         structure = own.own_setting(self._question.cluster).structure
         stays = STAGE in carried_keys or setting.structure.zero_stage == own.zero_stage
@@ -682,6 +679,9 @@ def _filled(given: Mapping[str, Any], seen: Mapping[str, Any]) -> dict[str, Any]
         known = seen.get(key)
         if key == "scheduler":
             result[key] = value
+        elif value == math.inf:
+            # As accelerate says that nothing is to be printed; JSON has no such number.
+            result[key] = _NEVER
         elif isinstance(value, Mapping):
             result[key] = _filled(value, known if isinstance(known, Mapping) else {})
         else:

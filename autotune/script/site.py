@@ -28,7 +28,7 @@ def job_of(facts: ScriptFacts, name: str) -> Job:
         trust_remote_code=False,
         method=name,
         precision=facts.precision,
-        max_seq_length=max(facts.lengths, default=1),
+        max_seq_length=max(facts.tokens),
         global_batch_size=facts.global_batch_size,
         epochs=1.0,
         max_steps=None,
@@ -71,21 +71,19 @@ class ScriptSite:
         facts: what is known of it.
         job: it as a job.
         cluster: what it runs on.
-        of_tokens: whether rows are as long as they have tokens; others count as one each.
     """
 
-    def __init__(self, facts: ScriptFacts, job: Job, cluster: Cluster, *, of_tokens: bool) -> None:
+    def __init__(self, facts: ScriptFacts, job: Job, cluster: Cluster) -> None:
         self._facts = facts
         self._job = job
         self._cluster = cluster
-        self._mean_length = statistics.fmean(facts.lengths) if of_tokens else 1.0
+        self._mean_length = statistics.fmean(facts.tokens)
 
     def request(self, ladder: Sequence[Setting]) -> ProbeRequest:
         return request_of(ladder, self._job, self._cluster, self._facts)
 
     def lengths(self, setting: Setting) -> dict[str, object]:  # noqa: ARG002 - all see the same
-        lengths = self._facts.lengths
-        return {"longest": max(lengths, default=0), "mean": self._mean_length}
+        return {"longest": max(self._facts.tokens), "mean": self._mean_length}
 
     def outcome(self, setting: Setting, measured: RungMeasurement) -> Measured:
         """Compose the time of a step from that of its micro-steps."""
