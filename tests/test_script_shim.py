@@ -88,6 +88,8 @@ def test_an_engine_gets_the_config_however_it_is_given(tmp_path: Path, errand: P
     environment = shimmed({"PYTHONPATH": str(tmp_path)}, errand)
 
     found = run(
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('deepspeed')\n"
         "import json, types, deepspeed\n"
         f"file = {str(file)!r}\n"
         "args = types.SimpleNamespace(deepspeed_config=file)\n"

@@ -58,8 +58,9 @@ class _Lookout(MetaPathFinder):
             find = getattr(finder, "find_spec", None)
             spec = None if finder is self or find is None else find(fullname, path, target)
             if spec is not None:
+                # Whoever finds a module need not import it: some only look whether it is there.
                 if spec.loader is not None:
-                    _after_execution(spec.loader, self._patches.pop(fullname))
+                    _after_execution(spec.loader, self._patches[fullname])
                 return spec  # type: ignore[no-any-return]
         return None
 

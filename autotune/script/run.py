@@ -446,6 +446,8 @@ class Look:
         if not self._question.config:
             # It makes its config itself, so that this is the first that is seen of it.
             self.wishes = read_wishes(facts.given)
+            for note in self.wishes.notes:
+                _log.info(note)
         self.wishes.require_within(facts.global_batch_size)
         self.carriers = find_carriers(
             script.arguments, facts.options, self._maps, script.directory, facts.carried
