@@ -154,7 +154,7 @@ class _ScriptRanks:
 def _guard(leaders: Sequence[int]) -> "subprocess.Popen[bytes]":
     """Have ranks killed if this process is: the pipe is then closed, by the kernel."""
     return subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r _; for g in "$@"; do kill -9 -- "-$g"; done', "sh"]
+        ["/bin/sh", "-c", 'read -r _; for g in "$@"; do kill -9 "-$g"; done', "sh"]
         + [str(leader) for leader in leaders],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

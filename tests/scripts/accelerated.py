@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,8 +20,12 @@ def main() -> None:
     plugin = DeepSpeedPlugin(
         zero_stage=2, gradient_accumulation_steps=options.gradient_accumulation_steps
     )
+    # Without GPUs accelerate counts one process unless it is told how they talk.
+    on_cpu = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(
-        gradient_accumulation_steps=options.gradient_accumulation_steps, deepspeed_plugin=plugin
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=on_cpu,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(
