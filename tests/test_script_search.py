@@ -1,5 +1,6 @@
 """A search where every setting takes a process: no ladders, memory prunes, limits hold."""
 
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Processes:
         self.wall = wall
         self.ladders: list[tuple[int, ...]] = []
 
-    def probe(self, request: ProbeRequest):  # noqa: ANN201 - a generator
+    def probe(self, request: ProbeRequest) -> Generator[RungMeasurement | RungFailure]:
         (rung,) = request.rungs
         self.ladders.append((rung.micro_batch_size,))
         if rung.micro_batch_size > self.wall:

@@ -19,7 +19,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--zero_stage", type=int, default=0)
     parser.add_argument("--local_rank", type=int, default=-1)
     parser.add_argument("--output_dir", type=Path, required=True)
-    return deepspeed.add_config_arguments(parser).parse_args()
+    parser = deepspeed.add_config_arguments(parser)
+    return parser.parse_args()
 
 
 def main() -> None:

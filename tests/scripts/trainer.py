@@ -20,7 +20,7 @@ class Own:
     rows: int = 256
 
 
-class Rows(Dataset):
+class Rows(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, rows: int) -> None:
         self._ids = torch.randint(0, 512, (rows, 48), generator=torch.Generator().manual_seed(0))
 

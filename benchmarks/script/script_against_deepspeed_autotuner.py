@@ -1,7 +1,7 @@
 """`autotune run --script` against DeepSpeed's own autotuner, on the same unedited script.
 
     pip install 'deepspeed[autotuning]==0.19.8' && apt-get install pdsh openssh-server
-    python benchmarks/script/against_deepspeed_autotuner.py [--rounds 5] [--steps 12]
+    python benchmarks/script/script_against_deepspeed_autotuner.py [--rounds 5] [--steps 12]
 
 On two CPU ranks, with a way for pdsh to localhost by ssh. Both tune `training.py` with the same
 global batch: the autotuner as its manual says, with that as its max_train_batch_size; autotune with
@@ -105,7 +105,8 @@ def sample_s(directory: Path, config: dict[str, Any], steps: int) -> float:
     command += ["--deepspeed", "--deepspeed_config", "ds.json", "--report", "report.json"]
     run([*command, "--steps", str(steps + WARM_UP)], directory)
     report = json.loads((directory / "report.json").read_text())
-    return statistics.median(report["seconds"][WARM_UP:]) / report["batch"]
+    seconds = statistics.median(report["seconds"][WARM_UP:])
+    return float(seconds / report["batch"])
 
 
 def main() -> None:
