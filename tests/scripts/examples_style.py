@@ -19,7 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--zero_stage", type=int, default=0)
     parser.add_argument("--local_rank", type=int, default=-1)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser = deepspeed.add_config_arguments(parser)
+    deepspeed.add_config_arguments(parser)
     return parser.parse_args()
 
 
