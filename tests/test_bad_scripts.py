@@ -14,6 +14,8 @@ from conftest import autotune
 
 MARK = "AUTOTUNE_TEST_MARK"
 
+pytestmark = pytest.mark.timeout(700)
+
 DEEPSPEED = """
 import deepspeed, torch
 def engine():
@@ -55,6 +57,7 @@ def refused(tmp_path: Path, text: str, *arguments: str) -> str:
         *("run", "--devices", "2", "--run-dir", "run", "--script", "script.py"),
         *("--", *arguments),
         cwd=tmp_path,
+        timeout=600,
     )
     assert done.returncode == 70, done.stderr
     assert "Traceback" not in done.stderr.partition("the end of it:")[0]
@@ -164,6 +167,7 @@ def test_a_failed_training_has_the_scripts_own_code(tmp_path: Path) -> None:
         *("run", "--devices", "1", "--max-probes", "1", "--run-dir", "run"),
         *("--script", "script.py"),
         cwd=tmp_path,
+        timeout=600,
     )
 
     assert done.returncode == 17, done.stderr

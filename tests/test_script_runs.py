@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 from conftest import autotune
+from records import make_cluster
+
+from autotune.script.errand import ScriptErrand, shimmed
+from autotune.script.launch import Script, script_environment
+from autotune.script.training import TunedCommand
 
 SCRIPTS = Path(__file__).parent / "scripts"
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
@@ -134,3 +139,22 @@ def test_arguments_as_deepspeeds_examples_have_them(tmp_path: Path) -> None:
     stage = str(result["setting"]["zero_stage"])
     assert arguments[arguments.index("--zero_stage") + 1] == stage
     assert shlex.quote("an output") in (tmp_path / "run" / "launch.sh").read_text()
+
+
+def test_a_training_is_told_what_its_arguments_do_not_carry(tmp_path: Path) -> None:
+    errand = tmp_path / "errand.json"
+    told = ScriptErrand(device_kind="cpu", overrides={"zero_optimization": {"stage": 3}})
+    errand.write_text(json.dumps(told.to_json()))
+    arguments = ("--steps", "2", "--out", "done.json", "--gradient_accumulation_steps", "1")
+
+    TunedCommand(
+        script=Script(path=SCRIPTS / "accelerated.py", directory=tmp_path, arguments=()),
+        arguments=arguments,
+        ranks=2,
+        environment=script_environment(make_cluster(cpu_ranks=2)),
+        shim=shimmed({}, errand),
+        gives_local_rank=False,
+    ).run()
+
+    said = json.loads((tmp_path / "done.json").read_text())
+    assert (said["steps"], said["zero_stage"]) == (2, 3)
