@@ -91,7 +91,7 @@ BESIDE = {
     "train": {"engine", "dataset"},
     "documents": {"intake", "tune"},
     "handoff": {"intake"},
-    "script": {"intake", "chronicle"},
+    "script": {"intake", "chronicle", "documents"},
     "virtual_judge": {"intake"},
     "outcome_cache": {"intake"},
     "chronicle": {"intake"},

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shlex
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -21,6 +22,7 @@ from autotune.config import AUTO, Options
 from autotune.detect import detect
 from autotune.detect.monitor import watch
 from autotune.detect.nvidia import used_bytes
+from autotune.documents import ARITHMETIC
 from autotune.environment import rank_environment, versions
 from autotune.errors import (
     AutotuneError,
@@ -394,6 +396,7 @@ class Look:
         self._dir = run_dir
         self._record = record
         self.rungs = list(known)
+        self.cluster = question.cluster
         self.ranks = question.cluster.num_devices
         self.wishes = question.wishes
         self.facts: ScriptFacts
@@ -434,7 +437,7 @@ class Look:
             raise SetupFaultError(_why(answer.outcome, self._dir.logs))
         self._learn(facts)
         if answer is not None:
-            self._keep(self.facts.own_setting(self._question.cluster), answer)
+            self._keep(self.facts.own_setting(self.cluster), answer)
         if not any(isinstance(rung.outcome, Measured) for rung in self.rungs):
             self._start_smaller()
         self._require_sizes()
@@ -486,11 +489,11 @@ class Look:
             return self.carriers.arguments(self._question.script.arguments, {CONFIG: path})
 
         with self.prober(arguments, self._dir.script) as prober:
-            return _only(prober, first_request(self._question.cluster, changes))
+            return _only(prober, first_request(self.cluster, changes))
 
     def _start_smaller(self) -> None:
         """Find what fits where the script as it is does not."""
-        own, cluster = self.facts, self._question.cluster
+        own, cluster = self.facts, self.cluster
         _log.info("the script as it is runs out of memory; it is tried with less")
         stages = self.wishes.stages
         for stage in dict.fromkeys((own.zero_stage, stages[-1])):
@@ -518,7 +521,7 @@ class Look:
         raise NothingFitsError(msg)
 
     def _try(self, setting: Setting, facts: Path | None = None) -> RungMeasurement | RungFailure:
-        request = request_of([setting], self.job, self._question.cluster, self.facts)
+        request = request_of([setting], self.job, self.cluster, self.facts)
         with self.prober(self.arguments_of, facts) as prober:
             return _only(prober, request)
 
@@ -557,7 +560,7 @@ class Look:
         return None
 
     def _keep(self, setting: Setting, answer: RungMeasurement | RungFailure) -> None:
-        site = ScriptSite(self.facts, self.job, self._question.cluster)
+        site = ScriptSite(self.facts, self.job, self.cluster)
         failed = isinstance(answer, RungFailure)
         rung = Rung(
             setting=setting,
@@ -573,7 +576,7 @@ class Look:
 
     def plan(self) -> tuple[ModelProfile, Plan]:
         """Estimate every setting by the model's trace, or by what the probes have shown."""
-        facts, cluster = self.facts, self._question.cluster
+        facts, cluster = self.facts, self.cluster
         benched = bench(cluster)
         rates = benched.rates(facts.precision) or benched.rates("fp32")
         assert rates is not None, "every device multiplies in fp32"
@@ -591,7 +594,7 @@ class Look:
         return learned, self._planned(learned, rates)
 
     def _planned(self, profile: ModelProfile, rates: Rates) -> Plan:
-        facts, cluster = self.facts, self._question.cluster
+        facts, cluster = self.facts, self.cluster
         structures = facts.structures(self.wishes.stages, cluster)
         own = facts.own_setting(cluster)
         measured = [rung.setting.structure for rung in self.rungs]
@@ -611,7 +614,7 @@ class Look:
 
         `facts` is where the script is to be described.
         """
-        cluster = self._question.cluster
+        cluster = self.cluster
         monitor = watch(cluster.visible_devices) if cluster.has_separate_memory else None
         local = LocalProber(
             self._dir.logs,
@@ -665,7 +668,7 @@ class Look:
         if "autotuning" in own.given:
             return True
         carried_keys = self.carriers.options.keys()
-        structure = own.own_setting(self._question.cluster).structure
+        structure = own.own_setting(self.cluster).structure
         stays = STAGE in carried_keys or setting.structure.zero_stage == own.zero_stage
         offload = setting.structure.offload_optimizer == structure.offload_optimizer
         sizes = setting.micro_batch_size == own.micro_batch_size or (
@@ -726,24 +729,24 @@ def _why(outcome: Outcome, logs: Path) -> str:
 
 
 def _plan_document(look: Look, profile: ModelProfile, plan: Plan) -> dict[str, Any]:
-    cluster = look._question.cluster  # noqa: SLF001 - of this module
+    """Return plan.json, as that of a dataset is but for what only its model and rows can have."""
+    figures = asdict(profile)
+    figures.pop("traces")
+    rows = plan.listed_rows()
+    settings = plan.entries(rows)
+    for entry, terms in zip(settings, plan.terms.rows(rows), strict=True):
+        entry |= {"terms": terms, "source": ARITHMETIC}
+    tokens = look.facts.tokens
     return {
         "schema": 1,
-        "model": {
-            "name": profile.architecture,
-            "parameters": profile.parameters,
-            "trainable_parameters": profile.trainable_parameters,
-        },
-        "cluster": cluster.identity() | {"device_memory_bytes": cluster.device_memory_bytes},
-        "job": {
-            "global_batch_size": look.facts.global_batch_size,
-            "precision": look.facts.precision,
-        },
-        "counts": {
-            "kept": int(plan.kept.sum()),
-            "rejected_by_rule": plan.rejected_by_rule(),
-        },
-        "settings": plan.listed(),
+        "model": {"name": look.job.model, **figures},
+        "cluster": asdict(look.cluster),
+        "job": asdict(look.job),
+        "pins": {},
+        "rows": {"longest": max(tokens), "mean": statistics.fmean(tokens), "count": None},
+        "settings": settings,
+        "counts": {"kept": int(plan.kept.sum()), "rejected_by_rule": plan.rejected_by_rule()},
+        "near_misses": [],
     }
 
 
@@ -755,7 +758,7 @@ def _figures(look: Look, plan: Plan, tuned: Tuned, tuning_s: float) -> dict[str,
     default = tuned.default.outcome if tuned.default else None
     speed = default.tokens_per_s if isinstance(default, Measured) else None
     row = plan.row_of(best.setting)
-    own = look.facts.own_setting(look._question.cluster)  # noqa: SLF001 - of this module
+    own = look.facts.own_setting(look.cluster)
     return {
         "setting": best.setting.to_json(),
         "global_batch_size": look.facts.global_batch_size,
