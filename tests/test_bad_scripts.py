@@ -134,8 +134,10 @@ def test_one_that_leaves_processes_of_its_own_behind(tmp_path: Path) -> None:
     assert "left one" in sentence
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param("fork", marks=pytest.mark.slow), pytest.param("spawn", marks=pytest.mark.long)],
+)
 def test_one_that_starts_its_own_ranks(tmp_path: Path, method: str) -> None:
     sentence = refused(
         tmp_path,
