@@ -8,6 +8,7 @@ AutotuneError
 ├── SetupFaultError     70   every probe failed alike
 ├── NothingFitsError    71   no setting fits the devices
 ├── TrainingFailedError 72   the training ended badly
+│   └── ScriptFailedError    so did a user's script: its own code if that is 1 to 63
 ├── CannotWriteError    73   the run directory or a cache cannot be written
 ├── ConfigError         78   a configuration file or a model's configuration
 └── VirtualRunUnavailableError   never reaches the user as such: arithmetic answers instead
@@ -52,6 +53,19 @@ class NothingFitsError(AutotuneError):
 
 class TrainingFailedError(AutotuneError):
     exit_code = 72
+
+
+class ScriptFailedError(TrainingFailedError):
+    """A user's script ended badly.
+
+    Args:
+        own_code: its exit code, which is passed on; None is the one of a failed training.
+    """
+
+    def __init__(self, message: str, own_code: int | None) -> None:
+        super().__init__(message)
+        if own_code is not None:
+            self.exit_code = own_code  # type: ignore[misc] # of this error alone
 
 
 class CannotWriteError(AutotuneError):

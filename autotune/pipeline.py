@@ -593,6 +593,12 @@ def reopen(run_dir: RunDir, options_of: Callable[[dict[str, Any]], Options]) -> 
     if recorded is None or not run_dir.ds_config.exists():
         msg = f"{run_dir.root} holds no tuned run: make one with `autotune tune`"
         raise InputMissingError(msg)
+    if "script" in recorded:
+        msg = (
+            f"{run_dir.root} holds a run of a script: start the same `autotune run --script` again,"
+            f" or {run_dir.launch_script}"
+        )
+        raise UsageError(msg)
     question = ask(options_of(recorded["options"]))
     if question.fingerprint != recorded["fingerprint"]:
         msg = f"model, data, devices or versions of {run_dir.root} have changed since it was tuned"

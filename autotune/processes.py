@@ -148,15 +148,27 @@ def start(
 
 
 class ColdProcess:
-    """A program in a session of its own, with the environment that the server was given."""
+    """A program in a session of its own, with the environment that the server was given.
+
+    Args:
+        directory: that it is started in; None is this process's.
+        as_user: whether it is the user's own program, and has the user's environment instead.
+    """
 
     def __init__(
-        self, command: Sequence[str], *, log: Path, environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        directory: Path | None = None,
+        as_user: bool = False,
     ) -> None:
         with log.open("ab") as output:
             self._popen = subprocess.Popen(
                 command,
-                env={**os.environ, **_server_environment, **environment},
+                cwd=directory,
+                env={**os.environ, **({} if as_user else _server_environment), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -100,6 +100,21 @@ class RunDir:
         return self.root / "model"
 
     @property
+    def script(self) -> Path:
+        """Of a script of the user's own: what its first process has shown it to be."""
+        return self.root / "script.json"
+
+    @property
+    def configs(self) -> Path:
+        """Of a script: the DeepSpeed configs that it was tried with."""
+        return self.root / "configs"
+
+    @property
+    def errand(self) -> Path:
+        """Of a script whose arguments do not carry all that was tuned: what it is told besides."""
+        return self.root / "errand.json"
+
+    @property
     def exports(self) -> Path:
         """What `autotune export` has written, a directory a tool."""
         return self.root / "exports"

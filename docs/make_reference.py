@@ -75,7 +75,8 @@ EXIT_CODES = """
 # Exit codes
 
 An error is one sentence on stderr: what was found, what was needed, what to do next.
-`result.json` has its name and the code.
+`result.json` has its name and the code. A script of your own (`run --script`) that fails passes
+its code on where that is 1 to 63.
 
 {codes}
 

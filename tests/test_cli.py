@@ -69,9 +69,10 @@ JOB_OPTIONS = DATA_OPTIONS | {
     "--config",
     "--json",
 }
+SCRIPT_OPTIONS = {"--script", "--arg-map", "script_arguments"}
 OPTIONS = {
-    "run": JOB_OPTIONS | {"--dry-run", "--quiet"},
-    "tune": JOB_OPTIONS | {"--dry-run", "--quiet"},
+    "run": JOB_OPTIONS | SCRIPT_OPTIONS | {"--dry-run", "--quiet"},
+    "tune": JOB_OPTIONS | SCRIPT_OPTIONS | {"--dry-run", "--quiet"},
     "train": {"run_dir", "--dry-run", "--quiet", "--json"},
     "status": {"run_dir", "--watch", "--json"},
     "plan": JOB_OPTIONS

@@ -52,6 +52,7 @@ LAYERS = (
         "intake",
         "documents",
         "handoff",
+        "script",
         "virtual_judge",
         "outcome_cache",
         "report",
@@ -90,6 +91,7 @@ BESIDE = {
     "train": {"engine", "dataset"},
     "documents": {"intake", "tune"},
     "handoff": {"intake"},
+    "script": {"intake", "chronicle", "documents"},
     "virtual_judge": {"intake"},
     "outcome_cache": {"intake"},
     "chronicle": {"intake"},
@@ -101,6 +103,7 @@ ENGINE_ROOMS = (
     *("engine", "profile", "probe.worker"),
     *("train.entry", "train.adapters", "train.metrics", "train.state", "train.eight_bit"),
     *("train.stopping", "train.trainer", "train.weights", "train.progress"),
+    *("script.watching", "script.torchrun"),
 )
 HOMES = {
     "torch": ENGINE_ROOMS,

@@ -17,6 +17,7 @@ from autotune.cli.options import (
     resolve_options,
     shared,
 )
+from autotune.cli.script import execute_script, of_script, refuse_arguments
 from autotune.cli.summary import result_text
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @dry_run
 @quiet
 @as_json
+@of_script
 def command(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
     """Find the fastest setting that fits, emit its DeepSpeed config, and train with it."""
     execute(flags, config, with_training=True)
@@ -36,6 +38,15 @@ def command(config: Path | None, **flags: Any) -> None:  # noqa: ANN401
 
 def execute(flags: dict[str, Any], config: Path | None, *, with_training: bool) -> None:
     """Run the stages and print the result."""
+    script, script_arguments, arg_maps = (
+        flags.pop(name) for name in ("script", "script_arguments", "arg_maps")
+    )
+    if script is not None:
+        execute_script(
+            script, script_arguments, arg_maps, flags, config, with_training=with_training
+        )
+        return
+    refuse_arguments(script_arguments, arg_maps)
     dry_run, quiet, as_json = (flags.pop(name) for name in ("dry_run", "quiet", "as_json"))
     from autotune import intake, pipeline
     from autotune.cli.plan import show_plan

@@ -6,7 +6,7 @@ without holding the lease, so one that is there all the same is a dead process's
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ def load_ops(names: Sequence[str]) -> None:
         with exclusive(lock, wait=True):
             _remove_stale(directory / "lock")
             builder.load(verbose=False)
+
+
+def remove_stale_locks(environment: Mapping[str, str]) -> None:
+    """Remove what killed builds have left where ranks of this environment build their ops."""
+    for baton in Path(environment["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+        _remove_stale(baton)
 
 
 def _remove_stale(baton: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,16 +39,16 @@ class Answer:
         line = json.dumps({"event": event, **fields}) + "\n"
         os.write(self._descriptor, line.encode())
 
-    def beat(self) -> None:
+    def beat(self, computed_s: Callable[[], float] = time.process_time) -> None:
         """Write the seconds that this process has computed, again and again, in a thread.
 
         A rank that hangs in wait for another does not compute, one that is stopped does not write.
         """
-        threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self._beat, args=(computed_s,), daemon=True).start()
 
-    def _beat(self) -> None:
+    def _beat(self, computed_s: Callable[[], float]) -> None:
         while True:
-            self.write("beat", work_s=time.process_time(), every_s=_BEAT_S)
+            self.write("beat", work_s=computed_s(), every_s=_BEAT_S)
             time.sleep(_BEAT_S)
 
 

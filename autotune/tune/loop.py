@@ -101,6 +101,8 @@ class Tuner:
         others: jobs that share the study.
         watch: told of each probe before it is started, and when it is over.
         parameters, steps, thrifty, hints: as of `Search`.
+        search: what follows from outcomes: ladders, or a setting at a time.
+        default: what the user starts with, where that is known.
         sampler: what proposes structures, by name (see `SAMPLERS`).
         seed: of samplers that draw.
     """
@@ -121,12 +123,20 @@ class Tuner:
         steps: int | None = None,
         thrifty: bool = False,
         hints: Mapping[int, Hint] = NO_HINTS,
+        search: type[Search] = Search,
+        default: Setting | None = None,
         sampler: str = PRIOR,
         seed: int = 0,
     ) -> None:
         trusted = trustworthy(worth_knowing(known))
-        self.search = Search(
-            plan, trusted, parameters=parameters, steps=steps, thrifty=thrifty, hints=hints
+        self.search = search(
+            plan,
+            trusted,
+            parameters=parameters,
+            steps=steps,
+            thrifty=thrifty,
+            hints=hints,
+            default=default,
         )
         self.study = new_study(self.search, sampler, seed)
         self._draws = sampler != PRIOR
@@ -242,7 +252,7 @@ class Tuner:
         probed = at_work | by_others | set(self.search.probed)
         if structure is None:
             return "nothing to gain"
-        if structure not in probed and len(probed) >= max_probes:
+        if self.search.is_spent(structure, probed, max_probes):
             return "max_probes"
         return "tune_budget" if self._out_of_time() else None
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from copy import copy
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ estimates were off all ended at their best; at 0.01 one of twelve was a quarter 
 _WORTH_IN_NOISE = 0.1
 """The same as a share of the noise of a measurement, where that is more: what gains so little could
 hardly be seen to."""
+
+_WORTH_A_PROCESS = 0.005
+"""The same where each setting takes a process of its own."""
 
 _REPETITIONS = 20
 """Micro-steps that a rung takes, about: at three lengths, with warm-up and updates."""
@@ -75,6 +79,7 @@ class Search:
         steps: optimizer steps of the training; None leaves its length open.
         thrifty: whether a probe has to be expected to save more of the training than it takes.
         hints: what one node has shown of rows of the plan.
+        default: what the user starts with, where that is known.
     """
 
     def __init__(
@@ -86,11 +91,12 @@ class Search:
         steps: int | None = None,
         thrifty: bool = False,
         hints: Mapping[int, Hint] = NO_HINTS,
+        default: Setting | None = None,
     ) -> None:
         self.plan = plan
         self._hints = hints
         self.rungs = list(rungs)
-        self.default = default_setting(plan)
+        self.default = default or default_setting(plan)
         self._start_s = start_s(parameters)
         self._steps = steps
         self._thrifty = thrifty
@@ -126,6 +132,12 @@ class Search:
         self._improvement = self.beliefs.expected_improvement()
         corrected = self.plan.tokens_per_s / np.exp(self.beliefs.log_tokens_per_s)
         self._rung_s = rungs_s(self.plan) * corrected
+
+    def is_spent(
+        self, structure: Structure, begun: AbstractSet[Structure], max_probes: int
+    ) -> bool:
+        """Whether a probe of the structure would be one too many, where these were begun."""
+        return structure not in begun and len(begun) >= max_probes
 
     @property
     def probed(self) -> list[Structure]:
@@ -309,6 +321,40 @@ class Search:
         rungs = [rung for rung in self.rungs if rung.setting == setting]
         outcome = in_one([rung.outcome for rung in rungs])
         return replace(rungs[-1], outcome=outcome)
+
+
+class OneByOne(Search):
+    """The search where every setting takes a process of its own, so that there are no ladders."""
+
+    def is_spent(
+        self,
+        structure: Structure,  # noqa: ARG002 - each of its settings is a probe
+        begun: AbstractSet[Structure],  # noqa: ARG002 - as above
+        max_probes: int,
+    ) -> bool:
+        tried = [rung for rung in self.rungs if rung.purpose == "search" and not rung.cached]
+        return len(tried) >= max_probes
+
+    def should_go_on(self, structure: Structure) -> bool:  # noqa: ARG002 - whatever it is
+        return False
+
+    def rows_ahead(self, structure: Structure) -> "NDArray[np.int64]":
+        """Return the row of the structure that promises most for what it takes to measure."""
+        place = self.plan.space.structures.index(structure)
+        rows = np.flatnonzero(self.beliefs.possible & (self.plan.space.structure_index == place))
+        # Over nothing there is no best, and what is fastest is wanted, not what is tried soonest.
+        knows_best = bool(self.beliefs.best_tokens_per_s)
+        cost_s = self._probe_s() if knows_best else np.ones(len(self.plan.space))
+        best: NDArray[np.int64] = rows[[int(np.argmax((self._improvement / cost_s)[rows]))]]
+        return best
+
+    @property
+    def _worth(self) -> float:
+        return max(_WORTH_A_PROCESS, super()._worth)
+
+    def _probe_s(self) -> "NDArray[np.float64]":
+        cost: NDArray[np.float64] = self._start_s + self._rung_s
+        return cost
 
 
 def _is_searched(rung: Rung, structure: Structure) -> bool:
