@@ -151,11 +151,17 @@ class ColdProcess:
     """A program in a session of its own, with the environment that the server was given."""
 
     def __init__(
-        self, command: Sequence[str], *, log: Path, environment: Mapping[str, str]
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        directory: Path | None = None,
     ) -> None:
         with log.open("ab") as output:
             self._popen = subprocess.Popen(
                 command,
+                cwd=directory,
                 env={**os.environ, **_server_environment, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
