@@ -90,7 +90,8 @@ test-lowest: $(LOWEST)/.installed
 mutants: install
 	$(BIN)/python benchmarks/mutation/mutate.py
 
-# What needs Debian's packages: apt-get install --no-install-recommends postgresql
+# What needs Debian's packages, and root for Slurm:
+# apt-get install --no-install-recommends slurm-wlm munge openmpi-bin postgresql
 test-cluster: install
 	$(PYTEST) -m cluster tests/cluster
 

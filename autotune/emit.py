@@ -256,22 +256,46 @@ def _trainer_arguments(job: Job, setting: Setting, output_dir: str) -> dict[str,
     }
 
 
-def launch_script(python: str, num_ranks: int, environment: Sequence[tuple[str, str]]) -> str:
+def launch_script(
+    python: str, num_ranks: int, environment: Sequence[tuple[str, str]], num_nodes: int = 1
+) -> str:
     """Return launch.sh: the training command by hand, without the tuner."""
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment)
+    here = "Starts the tuned training by hand" if num_nodes == 1 else _BY_HAND_ON_NODES
+    meeting = "" if num_nodes == 1 else _MEETING_BY_HAND
+    command = [shlex.join(torchrun_command(python, num_ranks))]
+    if num_nodes > 1:
+        command = [
+            shlex.join([python, "-m", "torch.distributed.run"]),
+            f"--nnodes={num_nodes} --nproc-per-node={num_ranks // num_nodes}",
+            '--rdzv-backend=c10d --rdzv-id="$RDZV_ID" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"',
+            shlex.join(entry_arguments()),
+        ]
     return f"""#!/usr/bin/env bash
-# Starts the tuned training by hand, from the two emitted files alone. What it writes goes to
+# {here}, from the two emitted files alone. What it writes goes to
 # by-hand/ beside this script; give --output-dir to choose another place.
 set -euo pipefail
 umask 077
 CDPATH= cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
 {exports}
-exec {shlex.join(torchrun_command(python, num_ranks))} --output-dir by-hand "$@"
+{meeting}exec {" ".join(command)} --output-dir by-hand "$@"
+"""
+
+
+_BY_HAND_ON_NODES = "Starts the tuned training by hand, once on each node (in a Slurm allocation: \
+srun --ntasks-per-node=1\n# bash launch.sh; elsewhere with MASTER_ADDR, a name of the first node)"
+
+_MEETING_BY_HAND = """\
+if [ -z "${MASTER_ADDR:-}" ]; then
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+fi
+MASTER_PORT=${MASTER_PORT:-29400}
+RDZV_ID=${RDZV_ID:-${SLURM_JOB_ID:-by-hand}}
 """
 
 
 def torchrun_command(python: str, num_ranks: int, files: str = "") -> list[str]:
-    """Return the command that trains from the emitted files in the current directory.
+    """Return the command that trains from the emitted files in the current directory, on one node.
 
     `files` is put before their names.
     """
@@ -284,6 +308,13 @@ def torchrun_command(python: str, num_ranks: int, files: str = "") -> list[str]:
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0",
         f"--nproc-per-node={num_ranks}",
+        *entry_arguments(files),
+    ]
+
+
+def entry_arguments(files: str = "") -> list[str]:
+    """Return what torchrun is to start for a training from the emitted files."""
+    return [
         "-m",
         "autotune.train.entry",
         "--ds-config",

@@ -73,9 +73,17 @@ class CannotWriteError(AutotuneError):
 
 
 class InterruptedRunError(BaseException):
-    """A stop. No Exception, so that no library's broad handler keeps a run from stopping."""
+    """A stop. No Exception, so that no library's broad handler keeps a run from stopping.
+
+    Attributes:
+        warned: whether it was for the end of the time that a scheduler gives.
+    """
 
     exit_code: ClassVar[int] = 75
+
+    def __init__(self, message: str, *, warned: bool = False) -> None:
+        super().__init__(message)
+        self.warned = warned
 
 
 class ConfigError(AutotuneError):

@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,18 +17,20 @@ from typing import Any
 import psutil
 
 from autotune.detect.host import kernel_memory_kills
-from autotune.emit import torchrun_command, train_spec
+from autotune.emit import entry_arguments, torchrun_command, train_spec
 from autotune.environment import rank_environment
 from autotune.errors import CannotWriteError, InterruptedRunError, TrainingFailedError
 from autotune.events import Tell, tell_progress
 from autotune.hardware import Cluster
 from autotune.intake import Workload
+from autotune.nodes.control import Nodes
+from autotune.nodes.work import SIGNALS, torchrun_of
 from autotune.outcome import OutOfMemory
 from autotune.probe.classify import Death, Evidence, classify
 from autotune.recovery import MAX_REPEATS, Cause, disk_bytes, next_fallback, repeats_in_vain
 from autotune.rundir import RunDir, read_json, write_json
 from autotune.setting import Setting
-from autotune.train.launch import Ended, Training
+from autotune.train.launch import Ended, OtherNodes, Training
 from autotune.train.progress import CHECKPOINT
 from autotune.units import format_bytes
 from autotune.verify import Promise, Verdict, verdict
@@ -86,7 +88,9 @@ class Handoff:
         strict: bool,
         progress: Callable[[dict[str, Any]], None],
         tell: Tell = lambda *_, **__: None,
+        nodes: Nodes | None = None,
     ) -> None:
+        self._nodes = nodes
         self._dir = run_dir
         self._cluster = cluster
         self._strict = strict
@@ -136,6 +140,8 @@ class Handoff:
                 raise InterruptedRunError(msg)
             if ended.exit_code == 0:
                 break
+            if ended.lost_nodes:
+                self._give_up_for_now(ended.lost_nodes)
             self._recover(ended, kernel_memory_kills() - kills)
         summary = read_json(self._dir.training / "summary.json")
         if summary is None:
@@ -153,14 +159,7 @@ class Handoff:
         return {"handoff": self._verified, "recoveries": self._recoveries}
 
     def _start(self) -> Ended:
-        command = [*torchrun_command(sys.executable, self._ranks, self._files()), "--resume"]
-        training = Training(
-            command,
-            directory=self._dir.root,
-            environment=rank_environment(self._cluster.kind, self._cluster.visible_devices),
-            log=self._dir.logs / "training.log",
-            output_dir=self._dir.training,
-        )
+        training = self._training()
         lines: list[dict[str, Any]] = []
         watch = _Processors()
 
@@ -171,9 +170,35 @@ class Handoff:
 
         return training.run(step, self._saving.look)
 
-    @property
-    def _ranks(self) -> int:
-        return self._cluster.num_devices
+    def _training(self) -> Training:
+        log, cluster = self._dir.logs / "training.log", self._cluster
+        command = [
+            *torchrun_command(sys.executable, cluster.num_devices, self._files()),
+            "--resume",
+        ]
+        environment = rank_environment(cluster.kind, cluster.visible_devices)
+        others = None
+        if cluster.num_nodes > 1:
+            environment |= SIGNALS
+            command, others = self._on_all_nodes(log)
+        return Training(
+            command,
+            directory=self._dir.root,
+            environment=environment,
+            log=log,
+            output_dir=self._dir.training,
+            others=others,
+        )
+
+    def _on_all_nodes(self, log: Path) -> tuple[list[str], OtherNodes]:
+        """Return what trains here together with the other nodes, and how these are sent to it."""
+        nodes = self._nodes
+        assert nodes is not None, "several nodes were detected by themselves"
+        logs = tuple(log.with_stem(f"{log.stem}-node-{node}") for node in range(1, nodes.num_nodes))
+        arguments = [*entry_arguments(self._files()), "--resume"]
+        work = nodes.work(arguments, directory=self._dir.root, logs=[log, *logs])
+        send = OtherNodes(logs, lambda: nodes.send(work, nodes.new_directory("training")))
+        return torchrun_of(work, 0), send
 
     def _files(self) -> str:
         """Return where the files of the current setting are, below the run directory."""
@@ -240,6 +265,19 @@ class Handoff:
             )
             raise TrainingFailedError(msg)
         self._take(cause, evidence, place)
+
+    def _give_up_for_now(self, lost: Sequence[str]) -> None:
+        """Write down that nodes are lost, and end: the training is of as many as it began with.
+
+        Raises:
+            InterruptedRunError: always.
+        """
+        self._take("rank_lost", f"{', '.join(lost)} not seen any more", self._place)
+        msg = (
+            f"the training ended because a rank was lost, with {', '.join(lost)}; its last "
+            "checkpoint is there, and the same command goes on when the node is back"
+        )
+        raise InterruptedRunError(msg)
 
     def _take(self, cause: Cause, evidence: str, place: int | None) -> None:
         from_step = last_step(self._dir.training)

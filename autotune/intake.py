@@ -43,6 +43,8 @@ from autotune.hardware import Bench, Cluster, DeviceKind, Links, Rates
 from autotune.knobs import NO_PINS, Pins
 from autotune.memory import shards_of
 from autotune.model_source import ModelSource, find_model
+from autotune.nodes.bench import bench_of_all
+from autotune.nodes.control import Nodes
 from autotune.optimizer import ADAFACTOR, ADAMW_8BIT, Limit, limits_of
 from autotune.partial_checkpointing import with_partial_checkpointing
 from autotune.plan import Plan, make_plan
@@ -112,6 +114,7 @@ class Question:
     Attributes:
         deepspeed: what the user's own DeepSpeed config says besides options and pins.
         notes: what was decided about what is asked that its asker should know of.
+        nodes: of the launch that this process is part of; None where nobody looked.
     """
 
     named: NamedHardware | None
@@ -124,6 +127,7 @@ class Question:
     pins: Pins = NO_PINS
     deepspeed: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    nodes: Nodes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +153,12 @@ class Workload:
         return self.drawn.lengths
 
 
-def ask(options: Options, named: NamedHardware | None = None) -> Question:
+def ask(
+    options: Options, named: NamedHardware | None = None, nodes: Nodes | None = None
+) -> Question:
     """Find model, data and devices, detected or named; quick, nothing heavy is imported.
+
+    Detected are the devices of all `nodes`, or of this machine.
 
     Raises:
         AutotuneError: one of them is not there or cannot be used.
@@ -162,7 +170,8 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         options = options.recommended(source.recommended, source.name)
     dataset = tuple(Source.parse(text) for text in options["dataset"] or ())
     if named is None:
-        cluster = detect(options["devices"], options["device_memory"])
+        found = detect if nodes is None else nodes.detect
+        cluster = found(options["devices"], options["device_memory"])
     else:
         cluster = named_cluster(named.gpus, named.nodes, options["device_memory"])
     # Only asked for their refusal, before minutes are spent on model and data.
@@ -190,6 +199,7 @@ def ask(options: Options, named: NamedHardware | None = None) -> Question:
         pins=pins,
         deepspeed=kept,
         notes=(*notes, *_told(options, cluster, here=named is None)),
+        nodes=nodes,
     )
 
 
@@ -457,14 +467,7 @@ def on_one_node(workload: Workload, logs: Path) -> Workload:
     """
     question, job = workload.question, workload.job
     cluster = question.cluster
-    ranks = cluster.ranks_per_node
-    node = replace(
-        cluster,
-        num_devices=ranks,
-        num_nodes=1,
-        devices_per_node=0,
-        visible_devices=cluster.visible_devices[:ranks],
-    )
+    ranks, node = cluster.ranks_per_node, of_one_node(cluster)
     rows = job.global_batch_size * ranks // cluster.num_devices
     return _workload(
         replace(question, cluster=node),
@@ -475,13 +478,27 @@ def on_one_node(workload: Workload, logs: Path) -> Workload:
     )
 
 
+def of_one_node(cluster: Cluster) -> Cluster:
+    """Return the first of the cluster's nodes."""
+    ranks = cluster.ranks_per_node
+    return replace(
+        cluster,
+        num_devices=ranks,
+        num_nodes=1,
+        devices_per_node=0,
+        visible_devices=cluster.visible_devices[:ranks],
+    )
+
+
 def _workload(
     question: Question, model: _Model, data: _Data, logs: Path, known: Rates | None = None
 ) -> Workload:
     """Estimate every setting; the rates of the devices are looked up unless they are known."""
     cluster, named, job = question.cluster, question.named, model.job
     rates = known or (
-        _rates(cluster, job.precision) if named is None else _named_rates(named, job.precision)
+        _rates(cluster, job.precision, question.nodes)
+        if named is None
+        else _named_rates(named, job.precision)
     )
     drawn = DrawnRows.draw(data.lengths, job.seed, _rebalanced(question, job, data.lengths, logs))
     return _planned(question, model, data, rates, drawn)
@@ -750,7 +767,7 @@ def _profile(
     return cached(path, lambda: traced(request, logs / "profile.log"), profile_from_json)
 
 
-def _rates(cluster: Cluster, precision: str) -> Rates:
+def _rates(cluster: Cluster, precision: str, nodes: Nodes | None = None) -> Rates:
     """Return what the ranks of this machine do, measured once.
 
     Of devices that torch cannot open here it is what the table of known GPUs says.
@@ -761,7 +778,15 @@ def _rates(cluster: Cluster, precision: str) -> Rates:
     """
     if cluster.unusable and read_bench(cluster) is None:
         return _rates_of_table(cluster, precision)
-    rates = bench(cluster).rates(precision)
+    rates = bench(cluster, nodes=nodes).rates(precision)
+    if rates is not None and cluster.num_nodes > 1:
+        within = bench(of_one_node(cluster)).rates(precision)
+        assert within is not None, "what all ranks multiply in, those of a node do"
+        rates = replace(
+            rates,
+            node_link_bytes_per_s=within.link_bytes_per_s,
+            node_collective_overhead_s=within.collective_overhead_s,
+        )
     if rates is None:
         msg = (
             f"torch cannot multiply matrices in {precision} on {cluster.device_name}: choose "
@@ -781,8 +806,8 @@ def _rates_of_table(cluster: Cluster, precision: str) -> Rates:
     return _named_rates(named, precision, cluster.links)
 
 
-def bench(cluster: Cluster, *, anew: bool = False) -> Bench:
-    """Measure what the ranks of this machine do, or return what was measured before.
+def bench(cluster: Cluster, *, anew: bool = False, nodes: Nodes | None = None) -> Bench:
+    """Measure what the ranks of this machine, or of all nodes, do, or return what was before.
 
     Raises:
         SetupFaultError: torch cannot use the devices.
@@ -794,10 +819,14 @@ def bench(cluster: Cluster, *, anew: bool = False) -> Bench:
     if known is not None:
         return known
     processes.start_server(rank_environment(cluster.kind, cluster.visible_devices))
-    with tempfile.TemporaryDirectory(prefix="autotune-bench-") as scratch:
-        measured = benched(
-            cluster.kind, cluster.threads_per_rank, cluster.num_devices, Path(scratch)
-        )
+    if cluster.num_nodes > 1:
+        assert nodes is not None, "several nodes were detected by themselves"
+        measured = bench_of_all(nodes, cluster)
+    else:
+        with tempfile.TemporaryDirectory(prefix="autotune-bench-") as scratch:
+            measured = benched(
+                cluster.kind, cluster.threads_per_rank, cluster.num_devices, Path(scratch)
+            )
     path = _bench_path(cluster)
     with writing(path):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from autotune import __version__
+from autotune import __version__, time_limit
 from autotune.chronicle import Chronicle
 from autotune.config import AUTO, Options
 from autotune.dataset.preparing import log_progress
@@ -34,7 +34,7 @@ from autotune.errors import (
     UsageError,
 )
 from autotune.events import IN_VIEW, EventLog, Events, Listener, hooks
-from autotune.handoff import Handoff, require_trainable
+from autotune.handoff import Handoff, last_step, require_trainable
 from autotune.hardware import Cluster, Rates
 from autotune.intake import (
     Question,
@@ -48,6 +48,8 @@ from autotune.intake import (
     start_processes,
     total_steps,
 )
+from autotune.nodes.control import Nodes
+from autotune.nodes.launch import TorchrunLauncher
 from autotune.outcome import Rung
 from autotune.outcome_cache import OutcomeCache
 from autotune.plan import Plan
@@ -107,6 +109,10 @@ class Run:
         result = self._result_before()
         reached = ("trained",) if with_training else ("trained", "tuned")
         return result if result.get("exit_reason") in reached else None
+
+    def progress(self) -> tuple[int, int]:
+        """Return how far earlier starts have come: rungs that were tried, and steps saved."""
+        return len(self.dir.read_rungs()), last_step(self.dir.training)
 
     def _result_before(self) -> dict[str, Any]:
         """Return result.json of an earlier run of the same question; empty if there is none."""
@@ -177,6 +183,8 @@ class Run:
             raise UsageError(msg)
 
     def _stages(self, *, with_training: bool) -> dict[str, Any]:
+        if self.question.nodes is not None:
+            self.question.nodes.require_seen([self.dir.root, self.question.source.directory])
         # What was emitted stays as it is: checkpoints of a training fit only the setting it began
         # with, and more tuning could find another.
         known = self.dir.read_rungs()
@@ -307,7 +315,7 @@ class Run:
         cache = OutcomeCache.of(workload)
         if not known and not options["no_cache"] and not others.are_there:
             known = self._taken_over(cache.read(workload))
-        budget = options["tune_budget"]
+        budget = self._tuning_s(workload, steps)
         # A host's memory is everybody's, and there is no driver to ask.
         monitor = watch(cluster.visible_devices) if cluster.has_separate_memory else None
         tuner = Tuner(
@@ -317,6 +325,7 @@ class Run:
                 memory=_device_memory(cluster),
                 monitor=monitor,
                 watch=self._chronicle.phase_of_probe,
+                **self._elsewhere(),
             ),
             self._site(workload, steps),
             known,
@@ -326,7 +335,7 @@ class Run:
             watch=self._chronicle,
             parameters=workload.profile.parameters,
             steps=steps,
-            thrifty=budget == AUTO,
+            thrifty=options["tune_budget"] == AUTO,
             hints=hints,
             sampler=options["sampler"],
             seed=options["seed"],
@@ -334,7 +343,7 @@ class Run:
         try:
             tuned = tuner.run(
                 max_probes=options["max_probes"],
-                budget_s=None if budget in {AUTO, None} else budget - (time.monotonic() - started),
+                budget_s=None if budget is None else budget - (time.monotonic() - started),
             )
         finally:
             write_study(tuner.study, self.dir.study)
@@ -342,6 +351,20 @@ class Run:
                 monitor.close()
         cache.keep(tuned.rungs, workload)
         return tuned
+
+    def _elsewhere(self) -> dict[str, Any]:
+        """Return what has probes started on all nodes; nothing where there is one."""
+        nodes, cluster = self.question.nodes, self.question.cluster
+        if nodes is None or cluster.num_nodes == 1:
+            return {}
+        return {"launcher": TorchrunLauncher(nodes, cluster), "scratch_dir": nodes.directory}
+
+    def _tuning_s(self, workload: Workload, steps: int) -> float | None:
+        """Return the seconds that tuning may take, by the user and by the end of the job."""
+        plan, asked = workload.plan, self.question.options["tune_budget"]
+        training_s = steps * float(plan.step_time_s[plan.ranking()[0]])
+        limit_s = time_limit.tuning_limit_s(time_limit.seconds_left(time.time()), training_s)
+        return time_limit.least(limit_s, None if asked == AUTO else asked)
 
     def _site(self, workload: Workload, steps: int) -> JobSite:
         return JobSite(
@@ -363,7 +386,7 @@ class Run:
         _log.info("narrowing down on one of %d nodes", workload.question.cluster.num_nodes)
         options, steps = self.question.options, total_steps(node)
         assert steps is not None, "a run has a dataset"
-        budget = options["tune_budget"]
+        budget = self._tuning_s(workload, steps)
         tuner = Tuner(
             node.plan,
             LocalProber(self.dir.logs, memory=_device_memory(node.question.cluster)),
@@ -373,13 +396,13 @@ class Run:
             judge=VirtualJudge(node, self.dir.logs),
             parameters=node.profile.parameters,
             steps=steps,
-            thrifty=budget == AUTO,
+            thrifty=options["tune_budget"] == AUTO,
             sampler=options["sampler"],
             seed=options["seed"],
         )
         tuned = tuner.run(
             max_probes=math.ceil(narrowing.SHARE * options["max_probes"]),
-            budget_s=None if budget in {AUTO, None} else narrowing.SHARE * budget,
+            budget_s=None if budget is None else narrowing.SHARE * budget,
             tell_apart=False,
         )
         return narrowing.hints(workload.plan, node.plan, tuned.rungs)
@@ -407,7 +430,9 @@ class Run:
         write_json(self.dir.ds_config, chosen["ds_config"])
         write_json(self.dir.train_args, chosen["train_args"])
         environment = rank_environment(cluster.kind, cluster.visible_devices)
-        script = launch_script(sys.executable, cluster.num_devices, sorted(environment.items()))
+        script = launch_script(
+            sys.executable, cluster.num_devices, sorted(environment.items()), cluster.num_nodes
+        )
         write_text(self.dir.launch_script, script, mode=0o700)
         write_json(
             self.dir.fallbacks,
@@ -430,6 +455,7 @@ class Run:
             strict=self.question.options["strict_handoff"],
             progress=self._training_progress,
             tell=self._events.tell,
+            nodes=self.question.nodes,
         )
         try:
             return handoff.train()
@@ -582,7 +608,9 @@ def require_best(plan: Plan, tuned: Tuned) -> Rung:
     raise NothingFitsError(msg)
 
 
-def reopen(run_dir: RunDir, options_of: Callable[[dict[str, Any]], Options]) -> Run:
+def reopen(
+    run_dir: RunDir, options_of: Callable[[dict[str, Any]], Options], nodes: Nodes | None = None
+) -> Run:
     """Take up a run by its directory, with the options that it was started with.
 
     Raises:
@@ -599,7 +627,7 @@ def reopen(run_dir: RunDir, options_of: Callable[[dict[str, Any]], Options]) -> 
             f" or {run_dir.launch_script}"
         )
         raise UsageError(msg)
-    question = ask(options_of(recorded["options"]))
+    question = ask(options_of(recorded["options"]), nodes=nodes)
     if question.fingerprint != recorded["fingerprint"]:
         msg = f"model, data, devices or versions of {run_dir.root} have changed since it was tuned"
         raise UsageError(msg)

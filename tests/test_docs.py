@@ -39,8 +39,8 @@ _FENCE = re.compile(r"^```([\w{}]*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL
 _INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 _OF_THE_SYSTEM = {
-    *("bash", "cat", "cd", "code=$?", "done", "eval", "exit", "export", "if", "mkdir", "run=$!"),
-    *("scontrol", "test", "trap", "while", "wait", "code=0"),
+    *("bash", "cat", "cd", "done", "eval", "exec", "exit", "export", "if", "mkdir"),
+    *("scontrol", "test", "while", "wait"),
 }
 """What blocks may start besides autotune, make and pip: `bash -n` reads them."""
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import make_cluster, make_job, make_profile
 
-from autotune.emit import ds_config, launch_script, torchrun_command, train_spec
+from autotune.emit import ds_config, entry_arguments, launch_script, torchrun_command, train_spec
 from autotune.hardware import Cluster
 from autotune.setting import Setting, Structure
 from autotune.space import enumerate_space
@@ -200,7 +200,7 @@ def hostile_dir(tmp_path: Path) -> Path:
     return directory
 
 
-def write_script(directory: Path, environment: dict[str, str]) -> Path:
+def write_script(directory: Path, environment: dict[str, str], num_nodes: int = 1) -> Path:
     """Write launch.sh with a python beside it that only tells how it was started."""
     python = directory / "py thon"
     python.write_text(
@@ -208,7 +208,7 @@ def write_script(directory: Path, environment: dict[str, str]) -> Path:
     )
     python.chmod(0o700)
     script = directory / "launch.sh"
-    script.write_text(launch_script(str(python), 4, sorted(environment.items())))
+    script.write_text(launch_script(str(python), 4, sorted(environment.items()), num_nodes))
     return script
 
 
@@ -260,6 +260,18 @@ def test_launch_script_works_in_its_own_directory_whatever_cdpath_says(
 def test_launch_script_makes_files_for_the_user_alone(hostile_dir: Path, tmp_path: Path) -> None:
     run_script(write_script(hostile_dir, {}), cwd=tmp_path)
     assert (hostile_dir / "arguments").stat().st_mode & 0o777 == 0o600
+
+
+def test_on_several_nodes_the_launch_script_is_started_once_on_each(
+    hostile_dir: Path, tmp_path: Path
+) -> None:
+    script = write_script(hostile_dir, {}, num_nodes=2)
+    nodes = {"MASTER_ADDR": "n 1", "SLURM_JOB_ID": "7"}
+    run_script(script, "--resume", cwd=tmp_path, environment=nodes)
+    words = (hostile_dir / "arguments").read_bytes().decode().split("\0")[:-1]
+    assert {"--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-id=7"} <= set(words)
+    assert "--rdzv-endpoint=n 1:29400" in words
+    assert words[-7:] == [*entry_arguments()[-4:], "--output-dir", "by-hand", "--resume"]
 
 
 def test_the_command_names_the_emitted_files_and_the_ranks() -> None:

@@ -291,3 +291,37 @@ def test_a_stop_in_any_phase_leaves_nothing_behind(controller: Controller, phase
     )
 
     assert_stopped(controller, controller.stop(controller.process.terminate), "SIGTERM")
+
+
+IN_A_CALLBACK = """
+import os, signal, sys, time, weakref
+from autotune import cli
+from autotune.errors import InterruptedRunError
+
+def run():
+    try:
+        thing = Thing()
+        reference = weakref.ref(thing, in_a_callback)
+        del thing
+        time.sleep(20)
+    except InterruptedRunError as stop:
+        os._exit(75 if stop.warned else 1)
+
+class Thing:
+    pass
+
+def in_a_callback(reference):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0)
+
+cli._run = run
+cli.main()
+"""
+
+
+def test_a_stop_that_comes_where_python_drops_exceptions_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_CALLBACK], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == ""

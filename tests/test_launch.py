@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +11,13 @@ import psutil
 import pytest
 from test_prober import failure, live_ranks, request_of, site
 
+from autotune.hardware import Bench
+from autotune.nodes.bench import bench_of_all
+from autotune.nodes.control import gather
+from autotune.nodes.launch import TorchrunLauncher
 from autotune.outcome import Measured, Rung
 from autotune.probe.launch import ColdLauncher
 from autotune.probe.local import LocalProber
-from autotune.probe.nodes import TorchrunLauncher
 from autotune.probe.protocol import RungMeasurement
 from autotune.tune.site import JobSite
 
@@ -71,21 +73,27 @@ def test_where_a_fork_cannot_use_its_device_all_probes_start_cold(
     assert all(isinstance(outcome, Measured) for outcome in outcomes)
 
 
-class Nodes:
+FOLLOWER = """
+import sys
+from pathlib import Path
+from autotune.nodes.follow import follow
+sys.exit(follow(Path(sys.argv[1]), 1, 2, 1))
+"""
+
+
+class TwoNodes:
     """A second node on this machine, and a launcher on the first."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-        self.launcher = TorchrunLauncher(directory, nodes=2, ranks_a_node=1, endpoint=endpoint)
-        self.second = subprocess.Popen(
-            [sys.executable, "-m", "autotune.probe.nodes", str(directory), "1"]
-        )
+        launch = directory / "launch"
+        self.second = subprocess.Popen([sys.executable, "-c", FOLLOWER, str(launch)])
+        self.nodes = gather(launch, 2, 0, None, None)
+        self.directory = self.nodes.directory
+        self.cluster = self.nodes.detect("cpu:1", None)
 
     def prober(self, logs: Path) -> LocalProber:
-        return LocalProber(logs, launcher=self.launcher, scratch_dir=self.directory)
+        launcher = TorchrunLauncher(self.nodes, self.cluster)
+        return LocalProber(logs, launcher=launcher, scratch_dir=self.directory)
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -96,13 +104,12 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    directory = tmp_path / "shared"
-    directory.mkdir()
-    nodes = Nodes(directory)
+def nodes(tmp_path: Path) -> Iterator[TwoNodes]:
+    nodes = TwoNodes(tmp_path)
     yield nodes
-    nodes.launcher.close()
-    assert nodes.second.wait(timeout=30) == 0
+    nodes.nodes.close(7)
+    assert nodes.second.wait(timeout=30) == 7
+    assert not nodes.directory.exists()
 
 
 def probe_processes(directory: Path) -> list[psutil.Process]:
@@ -116,7 +123,7 @@ def probe_processes(directory: Path) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_two_torchrun_agents_measure_and_leave_nothing(
-    site: JobSite, nodes: Nodes, tmp_path: Path
+    site: JobSite, nodes: TwoNodes, tmp_path: Path
 ) -> None:
     answers = list(nodes.prober(tmp_path / "logs").probe(request_of(site, [1, 2], zero_stage=2)))
 
@@ -124,11 +131,23 @@ def test_two_torchrun_agents_measure_and_leave_nothing(
     assert all(isinstance(answer, RungMeasurement) for answer in answers), answers
     assert probe_processes(nodes.directory) == []
     assert list(nodes.directory.glob("probe-*")) == []
+    assert nodes.cluster.num_nodes == nodes.cluster.num_devices == 2
+    assert nodes.cluster.ranks_per_node == 1
+
+
+@pytest.mark.slow
+def test_the_ranks_of_two_nodes_are_measured_together(nodes: TwoNodes) -> None:
+    bench = Bench.from_json(bench_of_all(nodes.nodes, nodes.cluster))
+
+    assert bench.ranks == 2
+    assert dict(bench.matmul_flops_per_s)["fp32"] > 0
+    assert (bench.all_reduce_bytes_per_s or 0) > 0
+    assert bench.collective_overhead_s > 0
 
 
 @pytest.mark.slow
 def test_a_rank_lost_on_the_other_node_ends_the_probe_and_not_the_next(
-    site: JobSite, nodes: Nodes, tmp_path: Path
+    site: JobSite, nodes: TwoNodes, tmp_path: Path
 ) -> None:
     prober = nodes.prober(tmp_path / "logs")
     answers = prober.probe(request_of(site, [1, 2, 4, 8]))

@@ -17,6 +17,7 @@ LAYERS = (
     (
         "slurm",
         "sbatch",
+        "standing",
         "kubernetes",
         "space",
         "zero",
@@ -42,12 +43,14 @@ LAYERS = (
         "environment",
         "processes",
         "session",
+        "time_limit",
         "model_source",
         "builtin",
         "chatglm3",
     ),
     ("events", "status"),
     ("detect", "dataset", "engine", "profile", "probe", "tune", "train"),
+    ("nodes",),
     (
         "intake",
         "documents",

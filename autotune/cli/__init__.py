@@ -14,6 +14,7 @@ from types import FrameType
 import click
 
 from autotune import __version__
+from autotune.cli.launched import STOPPING
 from autotune.errors import AutotuneError, InterruptedRunError
 
 COMMANDS = {
@@ -35,8 +36,8 @@ COMMANDS = {
     "doctor": "Examine this machine: what a run needs, and what is missing.",
 }
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Schedulers warn with the last two before they end a job."""
+
+_AGAIN_S = 0.05
 
 
 class _Commands(click.Group):
@@ -67,20 +68,39 @@ def main() -> None:
     logging.getLogger("autotune").setLevel(logging.INFO)
     # What a run writes is the user's alone.
     os.umask(0o077)
-    for number in _STOPPING:
+    for number in STOPPING:
         signal.signal(number, _interrupt)
+    sys.unraisablehook = _say_or_interrupt_again
     sys.exit(_run())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a handler's signature
     # Once is enough: what follows is the clearing up, which a second signal must not cut short.
-    for again in _STOPPING:
+    for again in STOPPING:
         signal.signal(again, signal.SIG_IGN)
     msg = (
         f"stopped by {signal.Signals(number).name}; what is done is saved, "
         "and the same command goes on from there"
     )
-    raise InterruptedRunError(msg)
+    raise InterruptedRunError(msg, warned=number in {signal.SIGUSR1, signal.SIGUSR2})
+
+
+def _say_or_interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Interrupt a moment later what was interrupted where Python drops exceptions.
+
+    A callback of a weak reference is such a place: the stop, which comes once, would be lost.
+    """
+    dropped = unraisable.exc_value
+    if not isinstance(dropped, InterruptedRunError):
+        sys.__unraisablehook__(unraisable)
+        return
+    text, warned = str(dropped), dropped.warned
+
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as above
+        raise InterruptedRunError(text, warned=warned)
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
 
 
 def _run() -> int:

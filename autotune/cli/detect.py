@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from autotune.cli.launched import launched
 from autotune.cli.options import as_json, echo_json, resolve_options, shared
 from autotune.errors import UsageError
 from autotune.hardware import Bench, Cluster
@@ -22,14 +23,21 @@ from autotune.units import format_bytes
 def command(*, bench: bool, no_cache: bool, as_json: bool, **flags: Any) -> None:  # noqa: ANN401
     """Show the devices and what of them may be used."""
     from autotune import intake
-    from autotune.detect import detect
 
     if no_cache and not bench:
         msg = "--no-cache goes with --bench"
         raise UsageError(msg)
     options = resolve_options(flags, None)
-    cluster = detect(options["devices"], options["device_memory"])
-    measured = intake.bench(cluster, anew=no_cache) if bench else intake.read_bench(cluster)
+    with launched(None) as nodes:
+        cluster = nodes.detect(options["devices"], options["device_memory"])
+        if bench:
+            measured: Bench | None = intake.bench(cluster, anew=no_cache, nodes=nodes)
+        else:
+            measured = intake.read_bench(cluster)
+        _show(cluster, measured, as_json=as_json)
+
+
+def _show(cluster: Cluster, measured: Bench | None, *, as_json: bool) -> None:
     if as_json:
         document = {"schema": 1, **asdict(cluster)}
         if measured is not None:
@@ -50,6 +58,7 @@ def _cluster_rows(cluster: Cluster) -> list[tuple[str, str]]:
     assert host is not None, "what was detected has a host"
     return [
         ("devices", f"{cluster.num_devices} x {cluster.device_name} ({cluster.kind})"),
+        *([("nodes", str(cluster.num_nodes))] if cluster.num_nodes > 1 else []),
         ("memory a device", format_bytes(cluster.device_memory_bytes)),
         ("  bound by", cluster.device_memory_source),
         *_device_rows(cluster),

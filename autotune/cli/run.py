@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from autotune.cli.launched import launched, within_time_limit
 from autotune.cli.live import view
 from autotune.cli.options import (
     as_json,
@@ -21,7 +22,11 @@ from autotune.cli.script import execute_script, of_script, refuse_arguments
 from autotune.cli.summary import result_text
 
 if TYPE_CHECKING:
+    from autotune.config import Options
     from autotune.intake import Question
+    from autotune.nodes.control import Nodes
+
+_OF_OUTPUT = ("dry_run", "quiet", "as_json")
 
 
 @click.command(name="run")
@@ -47,13 +52,27 @@ def execute(flags: dict[str, Any], config: Path | None, *, with_training: bool) 
         )
         return
     refuse_arguments(script_arguments, arg_maps)
-    dry_run, quiet, as_json = (flags.pop(name) for name in ("dry_run", "quiet", "as_json"))
+    options = resolve_options(
+        {name: value for name, value in flags.items() if name not in _OF_OUTPUT}, config
+    )
+    require_dataset(options)
+    with launched(options["run_dir"]) as nodes:
+        _execute(options, nodes, with_training=with_training, **{n: flags[n] for n in _OF_OUTPUT})
+
+
+def _execute(
+    options: "Options",
+    nodes: "Nodes",
+    *,
+    with_training: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     from autotune import intake, pipeline
     from autotune.cli.plan import show_plan
 
-    options = resolve_options(flags, config)
-    require_dataset(options)
-    question = intake.ask(options)
+    question = intake.ask(options, nodes=nodes)
     run = pipeline.Run(question, pipeline.choose_run_dir(question))
     if (done := run.finished(with_training=with_training)) is not None:
         if not quiet:
@@ -65,7 +84,7 @@ def execute(flags: dict[str, Any], config: Path | None, *, with_training: bool) 
     else:
         for note in () if quiet else _notes(question, run.dir.root):
             click.echo(note, err=True)
-        with view(quiet=quiet) as listeners:
+        with within_time_limit(run), view(quiet=quiet) as listeners:
             result = run.execute(with_training=with_training, listeners=listeners)
     if as_json:
         echo_json(result)

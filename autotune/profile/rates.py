@@ -112,19 +112,27 @@ class Meter:
         return time.perf_counter() - started
 
 
-def bench_rank(device_kind: str, threads: int, rank: int, ranks: int, store: str) -> Bench:
+def bench_rank(
+    device_kind: str,
+    threads: int,
+    rank: int,
+    ranks: int,
+    store: str | None,
+    local_rank: int | None = None,
+) -> Bench:
     """Measure this rank while all are busy, and what they exchange; they meet at the file `store`.
 
-    A precision that the device does not multiply matrices in is left out.
+    Without it they meet where the environment says, as torchrun's. On several nodes `local_rank` is
+    the place on its own. A precision that the device does not multiply matrices in is left out.
     """
     from deepspeed.accelerator import get_accelerator
     from torch.distributed import FileStore  # type: ignore[attr-defined] # public, not in __all__
 
     if device_kind != "cpu":
-        get_accelerator().set_device(rank)
+        get_accelerator().set_device(rank if local_rank is None else local_rank)
     torch.distributed.init_process_group(
         get_accelerator().communication_backend_name(),
-        store=FileStore(store, ranks),
+        store=None if store is None else FileStore(store, ranks),
         rank=rank,
         world_size=ranks,
         timeout=_MEETING_TIMEOUT,

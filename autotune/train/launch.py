@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -27,6 +27,8 @@ _LOG_BYTES = 200_000
 # A stop waits for the step at work and the checkpoint after it, as long as either goes on.
 _STOP_GRACE_S = 60.0
 _STEPS_OF_GRACE = 5
+# On the other nodes: for a torchrun to end after the training has, or after a rank of it was lost.
+_OTHERS_GRACE_S = 30.0
 
 _KILLED_RANK = re.compile(r"exitcode\s*:\s*-(\d+)")
 
@@ -41,6 +43,7 @@ class Ended:
         deaths: the exceptions that ranks wrote down.
         lost_by: the signals that took ranks away, those aside by which torchrun ends the others.
         tail: the end of its log.
+        lost_nodes: names of nodes that are not there any more.
     """
 
     exit_code: int
@@ -48,10 +51,39 @@ class Ended:
     deaths: tuple[dict[str, Any], ...]
     lost_by: tuple[int, ...]
     tail: str
+    lost_nodes: tuple[str, ...] = ()
+
+
+class Elsewhere(Protocol):
+    """The same training at other nodes, where it was sent to."""
+
+    def exit_codes(self) -> tuple[int | None, ...]:
+        """Return an exit code a node, negative for a signal, None where there is none yet."""
+        ...
+
+    def lost(self) -> tuple[str, ...]:
+        """Name the nodes that are not there any more."""
+        ...
+
+    def end(self, *, patience_s: float = 0.0) -> None:
+        """End it, after `patience_s` in which it may end by itself."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OtherNodes:
+    """The nodes besides this one: a log of each, and what has them start their part."""
+
+    logs: tuple[Path, ...]
+    send: Callable[[], Elsewhere]
 
 
 class Training:
-    """A training command, and the directory of its checkpoints and metrics."""
+    """A training command, and the directory of its checkpoints and metrics.
+
+    Of a training over several nodes `command` is what runs on this one. The ranks of all stop
+    together when one is asked to.
+    """
 
     def __init__(
         self,
@@ -61,11 +93,13 @@ class Training:
         environment: Mapping[str, str],
         log: Path,
         output_dir: Path,
+        others: OtherNodes | None = None,
     ) -> None:
         self._command = command
         self._directory = directory
         self._environment = environment
-        self._log = log
+        self._logs = (log, *(others.logs if others is not None else ()))
+        self._others = others
         self._output_dir = output_dir
         self._slowest_step_s: float | None = None
 
@@ -88,26 +122,33 @@ class Training:
         # What an earlier start has left.
         take_deaths(self._output_dir)
         (self._output_dir / STOPPED).unlink(missing_ok=True)
-        log_start = self._log.stat().st_size if self._log.exists() else 0
+        log_starts = [log.stat().st_size if log.exists() else 0 for log in self._logs]
         steps = _Follower(self._output_dir / "metrics.jsonl")
         others = _Follower(self._output_dir / PROGRESS)
+        elsewhere = self._others.send() if self._others is not None else None
         process = self._start()
         try:
             is_over = False
             while not is_over:
                 time.sleep(_POLL_S)
-                is_over = process.poll() is not None
+                is_over = process.poll() is not None or _has_failed(elsewhere)
                 watch(others.new_lines())
                 self._hand_on(steps, progress)
+            if elsewhere is not None:
+                # Ranks that have lost others fall by themselves, with what they have to say.
+                _wait_for_end(process)
+                elsewhere.end(patience_s=_OTHERS_GRACE_S)
         except (InterruptedRunError, TrainingFailedError):
             self._stop(process)
             raise
         finally:
             end_tree(process)
-        return self._ended(process.returncode, log_start)
+            if elsewhere is not None:
+                elsewhere.end()
+        return self._ended(process.returncode, elsewhere, log_starts)
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        with self._log.open("ab") as output:
+        with self._logs[0].open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "autotune.train.leash", *self._command],
                 cwd=self._directory,
@@ -138,18 +179,40 @@ class Training:
                 return
             time.sleep(_POLL_S)
 
-    def _ended(self, exit_code: int, log_start: int) -> Ended:
-        with self._log.open("rb") as file:
-            file.seek(max(log_start, self._log.stat().st_size - _LOG_BYTES))
-            said = file.read().decode(errors="replace")
-        signals = [int(number) for number in _KILLED_RANK.findall(said)]
+    def _ended(
+        self, exit_code: int, elsewhere: Elsewhere | None, log_starts: Sequence[int]
+    ) -> Ended:
+        codes = [exit_code, *(elsewhere.exit_codes() if elsewhere is not None else ())]
+        said = [_said(log, start) for log, start in zip(self._logs, log_starts, strict=True)]
+        signals = [int(number) for text in said for number in _KILLED_RANK.findall(text)]
+        failed = [node for node, code in enumerate(codes) if code]
+        # A node whose rank was killed tells more than one that has only lost its peers.
+        telling = [node for node in failed if _KILLED_RANK.search(said[node])] or failed or [0]
         return Ended(
-            exit_code=exit_code,
+            exit_code=exit_code or next((code for code in codes if code), 0),
             stopped=(self._output_dir / STOPPED).exists(),
             deaths=tuple(take_deaths(self._output_dir)),
             lost_by=tuple(number for number in signals if number != signal.SIGTERM),
-            tail=said[-_TAIL_BYTES:],
+            tail=said[telling[0]][-_TAIL_BYTES:],
+            lost_nodes=elsewhere.lost() if elsewhere is not None else (),
         )
+
+
+def _has_failed(elsewhere: Elsewhere | None) -> bool:
+    return elsewhere is not None and any(elsewhere.exit_codes())
+
+
+def _wait_for_end(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_OTHERS_GRACE_S)
+
+
+def _said(log: Path, start: int) -> str:
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - _LOG_BYTES))
+        return file.read().decode(errors="replace")
 
 
 class _Follower:

@@ -12,4 +12,8 @@ from autotune.processes import die_with_parent
 
 if __name__ == "__main__":
     die_with_parent(signal.SIGTERM)
+    # These are for the ranks, which schedulers signal as well. torchrun takes them where it is told
+    # to; else they would end it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606 - argv that the controller built

@@ -1,126 +1,30 @@
 """Scripts and lists of nodes, held against a real Slurm: two nodes on this machine, as root."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slurm_site import ask, state_of, two_nodes, wait_for
 
 from autotune.sbatch import BatchJob, batch_script
 from autotune.slurm import expand_nodelist, read_time_limit
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
-PORT = 37017
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "data.jsonl"
-
-CONFIG = """
-ClusterName=submit
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={directory}/munge.sock
-StateSaveLocation={directory}/state
-SlurmdSpoolDir={directory}/spool/%n
-SlurmctldPidFile={directory}/slurmctld.pid
-SlurmdPidFile={directory}/%n.pid
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MpiDefault=none
-SwitchType=switch/none
-ReturnToService=2
-SlurmdParameters=config_overrides
-GresTypes=gpu
-KillWait=5
-MailProg=/bin/true
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 \
-RealMemory=4000 Gres=gpu:2
-PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
-"""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Start a Slurm of two nodes; its clients find it through SLURM_CONF."""
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if os.geteuid() or missing:
-        pytest.skip(f"needs root, and the Debian packages slurm-wlm and munge: {missing}")
-    directory = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool", "spool/n1", "spool/n2"):
-        (directory / name).mkdir()
-    host = os.uname().nodename.partition(".")[0]
-    config = CONFIG.format(host=host, port=PORT, first=PORT + 1, last=PORT + 2, directory=directory)
-    (directory / "slurm.conf").write_text(config)
-    for place in range(2):
-        (directory / f"fake{place}").touch()
-    gres = f"NodeName=n[1-2] Name=gpu File={directory}/fake[0-1]\n"
-    (directory / "gres.conf").write_text(gres)
-    (directory / "munge.key").write_bytes(os.urandom(1024))
-    (directory / "munge.key").chmod(0o400)
-    daemons: list[subprocess.Popen[bytes]] = []
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(directory / "slurm.conf")
-
-    def start(name: str, *arguments: object) -> None:
-        with (directory / f"{name}.log").open("ab") as log:
-            program = [name, *map(str, arguments)]
-            daemons.append(subprocess.Popen(program, stdout=log, stderr=log))
-
-    try:
-        munge = [
-            f"--{name}-file={directory}/munge.{name}" for name in ("key", "log", "pid", "seed")
-        ]
-        start("munged", "--foreground", "--force", f"--socket={directory}/munge.sock", *munge)
-        wait_for((directory / "munge.sock").exists)
-        start("slurmctld", "-D", "-f", directory / "slurm.conf")
-        for node in ("n1", "n2"):
-            start("slurmd", "-D", "-f", directory / "slurm.conf", "-N", node)
-        wait_for(lambda: ask("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
+    with two_nodes(tmp_path_factory.mktemp("slurm")) as directory:
         yield directory
-    finally:
-        subprocess.run(["scancel", "--full", "-u", "root"], check=False, timeout=30)
-        for daemon in reversed(daemons):
-            daemon.terminate()
-        for daemon in daemons:
-            try:
-                daemon.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-        if before is None:
-            del os.environ["SLURM_CONF"]
-        else:
-            os.environ["SLURM_CONF"] = before
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.2)
-
-
-def ask(*command: object, check: bool = False) -> str:
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=check, timeout=60
-    )
-    return done.stdout
 
 
 def submit(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -133,10 +37,6 @@ def submit(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
         check=False,
         timeout=60,
     )
-
-
-def state_of(job: str) -> str:
-    return ask("squeue", "-h", "-j", job, "-t", "all", "-o", "%T").strip()
 
 
 numbers = st.integers(0, 130)
