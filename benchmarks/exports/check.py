@@ -80,7 +80,9 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
         "llama-factory": Tool(package="llamafactory"),
         "axolotl": Tool(
             package="axolotl",
-            reads="from axolotl.cli.config import load_cfg; load_cfg('axolotl.yaml')",
+            # Without a GPU it must not meet other ranks through NCCL as it reads.
+            reads="import os; os.environ['AXOLOTL_IS_PREPROCESS'] = '1'; "
+            "from axolotl.cli.config import load_cfg; load_cfg('axolotl.yaml')",
         ),
         "ms-swift": Tool(
             package="ms-swift",
