@@ -453,8 +453,8 @@ def test_the_command_answers_in_json(run_dir: RunDir, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("zero_stage", "method"),
     [
-        (1, "lora"),
         (3, "full"),
+        pytest.param(1, "lora", marks=pytest.mark.long),
         pytest.param(1, "full", marks=pytest.mark.long),
         pytest.param(3, "lora", marks=pytest.mark.long),
     ],

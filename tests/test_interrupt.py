@@ -213,6 +213,7 @@ def test_no_rank_survives_a_controller_that_is_killed_while_probing(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_rank_survives_a_controller_that_is_killed_while_training(
     controller: Controller,
 ) -> None:
@@ -256,7 +257,7 @@ def spoil_an_answer(controller: Controller) -> None:
     "harm",
     [
         pytest.param(lambda run: run.ranks()[-1].kill(), id="killed"),
-        pytest.param(lambda run: run.ranks()[-1].suspend(), id="hung"),
+        pytest.param(lambda run: run.ranks()[-1].suspend(), id="hung", marks=pytest.mark.long),
         pytest.param(spoil_an_answer, id="garbled", marks=pytest.mark.long),
     ],
 )

@@ -125,7 +125,10 @@ def losses(place: Path, name: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    ["torchrun", *(pytest.param(way, marks=pytest.mark.long) for way in ("mpirun", "kubernetes"))],
+)
 def test_a_run_of_two_processes_is_that_of_one_with_two_ranks(
     place: Path, short_rows: Path, alone: dict[str, Any], way: str
 ) -> None:

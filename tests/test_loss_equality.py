@@ -28,6 +28,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"micro_batch_size": 4, "ranks": 2, "zero_stage": 3, "loss": "chunked"},
 ]
 COMPILED = {"micro_batch_size": 4, "ranks": 1, "zero_stage": 2, "torch_compile": True}
+REPEATED = [*SETTINGS[1::2], COMPILED]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def first(shop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
-    [*SETTINGS, pytest.param(COMPILED, marks=pytest.mark.long)],
+    [*SETTINGS[::2], *(pytest.param(one, marks=pytest.mark.long) for one in REPEATED)],
     ids=lambda knobs: "-".join(map(str, knobs.values())),
 )
 def test_every_setting_gives_the_same_losses_and_weights(

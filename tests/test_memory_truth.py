@@ -133,10 +133,12 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module")
-def truths(tmp_path_factory: pytest.TempPathFactory) -> list[Truth]:
+@pytest.fixture(
+    scope="module", params=[CASES[::2], pytest.param(CASES[1::2], marks=pytest.mark.long)]
+)
+def truths(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Truth]:
     bench = Bench(tmp_path_factory.mktemp("bench"))
-    return [bench.truth(case) for case in CASES]
+    return [bench.truth(case) for case in request.param]
 
 
 @pytest.mark.slow

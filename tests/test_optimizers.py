@@ -275,6 +275,7 @@ def test_8_bits_learn_the_same_at_any_stage_and_go_on_at_another(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_adafactor_learns_the_same_however_it_is_split_and_goes_on(
     shops: dict[Optimizer, Workshop], tmp_path: Path
 ) -> None:

@@ -187,6 +187,7 @@ def test_stage_3_is_left_out_and_refused_with_the_reason() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_seven_billion_parameters_are_planned_for_24_gb(tmp_path: Path) -> None:
     def planned(method: str) -> dict[str, Any]:
         done = autotune(

@@ -152,7 +152,7 @@ def assert_as_undisturbed(run: Path, undisturbed: Path) -> None:
     assert (run / "model" / "model.safetensors").exists()
 
 
-KILLS = int(os.environ.get("AUTOTUNE_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("AUTOTUNE_TEST_KILLS", "2"))
 """Kills of a whole check are ten."""
 
 

@@ -121,12 +121,14 @@ def test_a_trainer_with_a_config_of_autos(tmp_path: Path) -> None:
     assert config["gradient_clipping"] == 1.0
 
 
+@pytest.mark.long
 def test_accelerate_with_a_plugin_of_the_scripts_own(tmp_path: Path) -> None:
     result = tuned(tmp_path, "accelerated.py", "--steps", "8", "--out", "done.json")
 
     require_trained(result, tmp_path / "done.json", 8)
 
 
+@pytest.mark.long
 def test_arguments_as_deepspeeds_examples_have_them(tmp_path: Path) -> None:
     result = tuned(
         *(tmp_path, "examples_style.py", "--per_device_train_batch_size", "2"),
@@ -141,6 +143,7 @@ def test_arguments_as_deepspeeds_examples_have_them(tmp_path: Path) -> None:
     assert shlex.quote("an output") in (tmp_path / "run" / "launch.sh").read_text()
 
 
+@pytest.mark.long
 def test_a_training_is_told_what_its_arguments_do_not_carry(tmp_path: Path) -> None:
     errand = tmp_path / "errand.json"
     told = ScriptErrand(device_kind="cpu", overrides={"zero_optimization": {"stage": 3}})

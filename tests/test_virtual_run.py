@@ -216,7 +216,14 @@ def test_a_virtual_rank_has_the_bytes_of_a_real_one(case: Case, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", GRID, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *GRID[::3],
+        *(pytest.param(case, marks=pytest.mark.long) for case in GRID if case not in GRID[::3]),
+    ],
+    ids=str,
+)
 def test_every_virtual_rank_has_the_bytes_of_the_real_one(case: Case, tmp_path: Path) -> None:
     assert_same(case, tmp_path, range(RANKS))
 
