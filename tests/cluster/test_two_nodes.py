@@ -19,7 +19,7 @@ from conftest import write_rows
 from slurm_site import ask, state_of, two_nodes, wait_for
 from trainings import small_model
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 AUTOTUNE = Path(sys.executable).with_name("autotune")
 LONG_S = 110
@@ -123,7 +123,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work]:
 def test_a_submitted_run_probes_and_trains_on_two_nodes(work: Work) -> None:
     job = work.submit("first", "--run-dir", "runs/first", "--max-probes", 2)
 
-    state = work.wait_for_end(job, 300)
+    state = work.wait_for_end(job, 600)
 
     assert state in {"COMPLETED", ""}, work.said(job)
     result = work.result("first")
@@ -179,7 +179,7 @@ def test_cancelled_while_tuning_nothing_runs_on(work: Work) -> None:
 
 def test_cancelled_while_training_nothing_runs_on(work: Work) -> None:
     job = work.submit_long()
-    wait_for(lambda: work.last_step("long") >= work.steps // 10, 240)
+    wait_for(lambda: work.last_step("long") >= work.steps // 10, 400)
 
     ask("scancel", job, check=True)
 
@@ -213,7 +213,7 @@ def test_a_lost_node_and_a_time_limit_delay_a_run_and_do_not_end_it(work: Work) 
     ask("scontrol", "update", f"jobid={job}", "TimeLimit=20", check=True)
     start_now(job)
 
-    assert work.wait_for_end(job, 300) in {"COMPLETED", ""}, work.said(job)
+    assert work.wait_for_end(job, 600) in {"COMPLETED", ""}, work.said(job)
     assert work.result("long")["exit_reason"] == "trained"
     assert work.last_step("long") == work.steps
 
