@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 from records import LENGTHS, RATES, as_rung, make_cluster, make_job, make_profile, measured
 
+from autotune import intake
 from autotune.cli.summary import rehearsal_text
 from autotune.config import Layer, resolve
 from autotune.hardware import Cluster
-from autotune.intake import NamedHardware, Question, Workload, ask, look_into, on_one_node
+from autotune.intake import (
+    NamedHardware,
+    Question,
+    Workload,
+    ask,
+    look_into,
+    on_one_node,
+)
 from autotune.model_source import find_model
 from autotune.outcome import Measured, OutOfMemory
 from autotune.pipeline import Run
@@ -130,7 +138,7 @@ def test_a_rehearsal_narrows_on_one_node_and_decides_on_all(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_run_probes_a_nodes_share_on_its_own_node(
-    server: None, short_rows: Path, tmp_path: Path
+    server: None, short_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del server
     asked = {"dataset": [str(short_rows)], "devices": "cpu:2", "max_probes": 4}
@@ -139,6 +147,9 @@ def test_a_run_probes_a_nodes_share_on_its_own_node(
     cluster = replace(two, num_devices=4, num_nodes=2, devices_per_node=2)
     run = Run(replace(question, cluster=cluster), RunDir(tmp_path))
     run.dir.create()
+    # There is no other node to measure links to.
+    bench = intake.bench
+    monkeypatch.setattr(intake, "bench", lambda *_, **__: bench(two))
     workload = look_into(run.question, dataset_dir=run.dir.dataset, logs=run.dir.logs)
     found = run._narrow(workload, [])
     rungs = run.dir.read_rungs()
