@@ -73,6 +73,8 @@ gpu-check: install
 # The oldest versions that pyproject.toml admits, in an environment of their own.
 LOWEST := .venv-lowest
 LOWEST_PIP := $(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt
+TESTED_WITH := bitsandbytes hypothesis jsonschema kubeflow-trainer-api myst-parser optuna-dashboard psycopg[binary] \
+	pytest pytest-timeout pytest-xdist scipy sphinx
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
@@ -80,7 +82,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST_PIP) $(TORCH_PIP) torch==$(TORCH)
 	$(LOWEST_PIP) wheel setuptools ninja hatchling editables
 	DS_BUILD_OPS=0 $(LOWEST_PIP) --no-build-isolation deepspeed
-	$(LOWEST_PIP) --no-build-isolation --editable . bitsandbytes hypothesis pytest pytest-timeout pytest-xdist scipy
+	$(LOWEST_PIP) --no-build-isolation --editable . $(TESTED_WITH)
 	touch $@
 
 test-lowest: $(LOWEST)/.installed

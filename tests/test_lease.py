@@ -99,8 +99,9 @@ def test_who_waits_gets_it_when_the_holder_is_done(path: Path) -> None:
 
 def test_a_holder_whose_process_is_gone_from_this_host_is_not_waited_for(path: Path) -> None:
     hold = (
-        "import os, sys; from pathlib import Path; from autotune.lease import exclusive\n"
-        "with exclusive(Path(sys.argv[1]), wait=False): os._exit(0)"
+        "import os, sys; from pathlib import Path; from autotune import lease\n"
+        "lease._DURATION_S, lease._BEAT_S = 1.0, 0.2\n"
+        "with lease.exclusive(Path(sys.argv[1]), wait=False): os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", hold, path], check=True)
     assert path.exists()

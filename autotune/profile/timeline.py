@@ -237,7 +237,9 @@ def _coefficients(points: Points, values: Sequence[Floats]) -> Floats:
     unknown = slice(0, 6) if len({rows for rows, _ in points}) > 1 else slice(3, 6)
     scale = bases.max(axis=0)
     coefficients = np.zeros((6, len(values[0])))
-    coefficients[unknown] = np.linalg.lstsq((bases / scale)[:, unknown], np.array(values))[0]
+    coefficients[unknown] = np.linalg.lstsq(
+        (bases / scale)[:, unknown], np.array(values), rcond=None
+    )[0]
     scaled: Floats = coefficients / scale[:, None]
     return np.maximum(scaled, 0.0)
 
