@@ -56,13 +56,13 @@ def tuning_figures(workload: Workload, tuned: Tuned, best: Rung, tuning_s: float
         "cached_rungs": sum(rung.cached for rung in tuned.rungs),
         "stopped_by": tuned.stopped_by,
         "tuning_seconds": tuning_s,
-        "break_even_step": _break_even_step(default, chosen, tuning_s),
+        "break_even_step": break_even_step(default, chosen, tuning_s),
         "job": asdict(workload.job),
         "total_steps": total_steps(workload),
     }
 
 
-def _break_even_step(default: Outcome | None, chosen: Measured, tuning_s: float) -> int | None:
+def break_even_step(default: Outcome | None, chosen: Measured, tuning_s: float) -> int | None:
     """Return the step of the training by which tuning has saved the time that it took.
 
     None where it has not made steps faster, or that is not known.

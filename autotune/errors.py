@@ -18,7 +18,11 @@ InterruptedRunError     75   stopped from outside or out of budget; state saved
 Anything else that reaches the command line is a bug: exit code 1.
 """
 
+import signal
 from typing import ClassVar
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that stop a run: schedulers warn with the last two before they end a job."""
 
 
 class AutotuneError(Exception):

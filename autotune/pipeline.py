@@ -2,13 +2,11 @@
 
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -16,7 +14,6 @@ from uuid import uuid4
 import numpy as np
 
 from autotune import __version__, time_limit
-from autotune.chronicle import Chronicle
 from autotune.config import AUTO, Options
 from autotune.dataset.preparing import log_progress
 from autotune.detect.monitor import watch
@@ -26,14 +23,13 @@ from autotune.emit import ds_config, launch_script
 from autotune.engine.ops import needed_ops
 from autotune.environment import rank_environment, versions
 from autotune.errors import (
-    AutotuneError,
     InputMissingError,
     InterruptedRunError,
     NothingFitsError,
     SetupFaultError,
     UsageError,
 )
-from autotune.events import IN_VIEW, EventLog, Events, Listener, hooks
+from autotune.events import IN_VIEW
 from autotune.handoff import Handoff, last_step, require_trainable
 from autotune.hardware import Cluster, Rates
 from autotune.intake import (
@@ -55,10 +51,9 @@ from autotune.outcome_cache import OutcomeCache
 from autotune.plan import Plan
 from autotune.probe.local import LocalProber
 from autotune.probe.tenants import DeviceMemory
-from autotune.report.page import write_report
 from autotune.rundir import RunDir, read_json, write_json, write_text
 from autotune.setting import Setting
-from autotune.status import StatusFile
+from autotune.staged import StagedRun
 from autotune.tune import narrowing
 from autotune.tune.beliefs import NO_HINTS, Hint
 from autotune.tune.loop import Tuned, Tuner, write_study
@@ -72,9 +67,6 @@ if TYPE_CHECKING:
     from autotune.tune.shared_study import Storage, StudyDatabase
 
 _log = logging.getLogger(__name__)
-
-_ENVELOPE = ("schema", "fingerprint", "run_dir", "at", "exit_reason", "exit_code", "message")
-"""Fields of result.json that are about the run's end; the others are figures."""
 
 _REPORT_EVERY_S = 15.0
 """How long a report stays as it is while outcomes and steps come in; it is written in a fraction of
@@ -92,95 +84,18 @@ def choose_run_dir(question: Question) -> RunDir:
     return RunDir(Path("runs").absolute() / name)
 
 
-class Run:
+class Run(StagedRun[Question]):
     """One run in its directory: from the question to the result, resumed where it was left."""
 
-    def __init__(self, question: Question, run_dir: RunDir) -> None:
-        self.question = question
-        self.dir = run_dir
-        self._figures: dict[str, Any] = {}
-        self._reported = -math.inf
-        self._events = Events()
-        self._chronicle = Chronicle(self._events)
-        self._storage: Storage | None = None
+    differing = "other data, model, devices or options"
 
-    def finished(self, *, with_training: bool) -> dict[str, Any] | None:
-        """Return the result of an earlier run of the same question, if it got as far."""
-        result = self._result_before()
-        reached = ("trained",) if with_training else ("trained", "tuned")
-        return result if result.get("exit_reason") in reached else None
+    def __init__(self, question: Question, run_dir: RunDir) -> None:
+        super().__init__(question, run_dir)
+        self._storage: Storage | None = None
 
     def progress(self) -> tuple[int, int]:
         """Return how far earlier starts have come: rungs that were tried, and steps saved."""
         return len(self.dir.read_rungs()), last_step(self.dir.training)
-
-    def _result_before(self) -> dict[str, Any]:
-        """Return result.json of an earlier run of the same question; empty if there is none."""
-        result = read_json(self.dir.result) or {}
-        return dict(result) if result.get("fingerprint") == self.question.fingerprint else {}
-
-    def execute(self, *, with_training: bool, listeners: Sequence[Listener] = ()) -> dict[str, Any]:
-        """Go through every stage that is not done yet; returns the content of result.json.
-
-        Listeners are told of events, as are the files and hooks that every run has.
-
-        Raises:
-            AutotuneError: a stage failed; result.json says why.
-            InterruptedRunError: stopped from outside or out of budget; so says result.json.
-        """
-        require_usable(self.question.cluster)
-        self.dir.create()
-        with self.dir.locked():
-            if (done := self.finished(with_training=with_training)) is not None:
-                return done
-            self._refuse_foreign()
-            with self._told(listeners):
-                try:
-                    return self._to_the_end(with_training=with_training)
-                finally:
-                    self._report()
-
-    @contextmanager
-    def _told(self, listeners: Sequence[Listener]) -> Iterator[None]:
-        """Have listeners, files and hooks told of events for the length of a block."""
-        about = {"run_dir": str(self.dir.root), "host": os.uname().nodename}
-        targets = self.question.options["on_event"] or ()
-        with StatusFile(self.dir.status) as status, hooks(targets, about, self._events):
-            everybody: tuple[Listener, ...] = (EventLog(self.dir.events), status, *listeners)
-            for listener in everybody:
-                self._events.listen(listener)
-            yield
-
-    def _to_the_end(self, *, with_training: bool) -> dict[str, Any]:
-        command = "run" if with_training else "tune"
-        self._chronicle.started(command, self.question.fingerprint, str(self.dir.root))
-        try:
-            result = self._stages(with_training=with_training)
-        except (AutotuneError, InterruptedRunError) as error:
-            reason = type(error).__name__
-            try:
-                self._write_result(
-                    {"exit_reason": reason, "exit_code": error.exit_code}
-                    | {"message": str(error)}
-                    | self._figures
-                )
-            finally:
-                self._chronicle.ended(reason, error.exit_code, str(error))
-            raise
-        except Exception as error:
-            self._chronicle.ended(type(error).__name__, 1, str(error))
-            raise
-        self._chronicle.ended(result["exit_reason"], 0, None)
-        return result
-
-    def _refuse_foreign(self) -> None:
-        before = read_json(self.dir.run)
-        if before and before.get("fingerprint") != self.question.fingerprint:
-            msg = (
-                f"{self.dir.root} holds a run of other data, model, devices or options: "
-                "choose another --run-dir"
-            )
-            raise UsageError(msg)
 
     def _stages(self, *, with_training: bool) -> dict[str, Any]:
         if self.question.nodes is not None:
@@ -200,13 +115,6 @@ class Run:
                 {"exit_reason": "trained", "exit_code": 0} | self._figures | trained
             )
         return result
-
-    def _figures_before(self) -> dict[str, Any]:
-        """Return the figures of a tuning that came to its end; empty if none did."""
-        before = self._result_before()
-        if "setting" not in before:
-            return {}
-        return {name: value for name, value in before.items() if name not in _ENVELOPE}
 
     def _tune_and_emit(self, known: list[Rung], *, with_training: bool) -> dict[str, Any]:
         self._enter("detect")
@@ -476,31 +384,6 @@ class Run:
         self._chronicle.tell("step", **line)
         self._report(every_s=_REPORT_EVERY_S)
 
-    def _enter(self, phase: str) -> None:
-        self._chronicle.tell("phase", phase=phase)
-        self._report()
-
-    def _report(self, *, every_s: float = 0.0) -> None:
-        """Write the report of what there is so far, unless it is not that old yet."""
-        if time.monotonic() - self._reported < every_s:
-            return
-        try:
-            write_report(self.dir)
-        except Exception as error:  # noqa: BLE001 - the run is worth more than its picture
-            _log.warning("report.html could not be written: %s", error)
-        self._reported = time.monotonic()
-
-    def _write_result(self, fields: dict[str, Any]) -> dict[str, Any]:
-        result = {
-            "schema": 1,
-            "fingerprint": self.question.fingerprint,
-            "run_dir": str(self.dir.root),
-            "at": _now(),
-            **fields,
-        }
-        write_json(self.dir.result, result)
-        return result
-
 
 @contextmanager
 def _others(
@@ -561,10 +444,6 @@ def _ops(workload: Workload) -> list[str]:
     rows = np.flatnonzero(workload.plan.kept)[first_rows]
     configs = (ds_config(job, space.setting(int(row)), workload.profile, cluster) for row in rows)
     return sorted({name for config in configs for name in needed_ops(cluster.kind, config)})
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def require_any_kept(plan: Plan) -> None:

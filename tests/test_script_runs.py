@@ -82,6 +82,7 @@ def test_plain_deepspeed_with_a_config_of_its_autotuner(tmp_path: Path) -> None:
     # Everything is in its arguments, so that the training has no shim.
     assert "sitecustomize" not in (tmp_path / "run" / "launch.sh").read_text()
     assert not (tmp_path / "run" / "errand.json").exists()
+    assert "Tuned and trained" in (tmp_path / "run" / "report.html").read_text()
     (tmp_path / "done.json").unlink()
     by_hand = subprocess.run(
         [str(tmp_path / "run" / "launch.sh")],

@@ -14,8 +14,7 @@ from types import FrameType
 import click
 
 from autotune import __version__
-from autotune.cli.launched import STOPPING
-from autotune.errors import AutotuneError, InterruptedRunError
+from autotune.errors import STOPPING, AutotuneError, InterruptedRunError
 
 COMMANDS = {
     "run": "Find the fastest setting that fits, and train with it.",

@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autotune.errors import AutotuneError, InterruptedRunError, SetupFaultError
+from autotune.errors import STOPPING, AutotuneError, InterruptedRunError, SetupFaultError
 from autotune.standing import Allocated, Alone, Member, of_launchers, standing, step_command
 
 if TYPE_CHECKING:
     from autotune.nodes.control import Nodes
     from autotune.pipeline import Run
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Schedulers warn with the last two before they end a job."""
 
 
 @contextmanager

@@ -74,7 +74,8 @@ def execute_script(
 
     options = resolve_options(flags, config)
     question = ask_script(options, script, script_arguments, parse_maps(arg_maps))
-    run = ScriptRun(question, script_run_dir(question))
+    stdout = sys.stderr.fileno() if as_json else None
+    run = ScriptRun(question, script_run_dir(question), stdout=stdout)
     for note in () if quiet else (*question.cluster.notes, *question.wishes.notes):
         click.echo(note, err=True)
     if (done := run.finished(with_training=with_training)) is not None:
@@ -88,11 +89,7 @@ def execute_script(
         if not quiet:
             click.echo(f"run directory {run.dir.root}", err=True)
         with view(quiet=quiet) as listeners:
-            result = run.execute(
-                with_training=with_training,
-                listeners=listeners,
-                stdout=sys.stderr.fileno() if as_json else None,
-            )
+            result = run.execute(with_training=with_training, listeners=listeners)
     if as_json:
         echo_json(result)
     else:

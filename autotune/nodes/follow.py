@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from autotune import __version__, processes
 from autotune.detect import detect
 from autotune.environment import versions
-from autotune.errors import AutotuneError, CannotWriteError, InterruptedRunError
+from autotune.errors import STOPPING, AutotuneError, CannotWriteError, InterruptedRunError
 from autotune.nodes.facts import NodeFacts
 from autotune.nodes.session import (
     BEAT_S,
@@ -33,8 +33,6 @@ from autotune.rundir import read_json, write_json, write_text, writing
 
 if TYPE_CHECKING:
     from autotune.hardware import Cluster
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def all_versions() -> dict[str, str]:
@@ -57,7 +55,7 @@ def follow(directory: Path, rank: int, size: int, node: int | None) -> int:
         InterruptedRunError: the controller has gone.
     """
     session, part = _meet(directory, rank, size, node)
-    for number in _STOPPING:
+    for number in STOPPING:
         signal.signal(
             number, lambda number, _: write_text(session / f"asked-{rank}", str(int(number)))
         )
@@ -119,7 +117,7 @@ class _Follower:
 
     def close(self) -> None:
         # The launcher stops the others as soon as one has ended: all end with the same code.
-        for number in _STOPPING:
+        for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
         self._over.set()
         if self._session.exists():

@@ -10,31 +10,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from autotune import __version__, processes
-from autotune.chronicle import Chronicle
 from autotune.config import AUTO, Options
 from autotune.detect import detect
 from autotune.detect.monitor import watch
 from autotune.detect.nvidia import used_bytes
-from autotune.documents import ARITHMETIC
+from autotune.documents import ARITHMETIC, break_even_step
 from autotune.environment import rank_environment, versions
 from autotune.errors import (
-    AutotuneError,
     InputMissingError,
-    InterruptedRunError,
     NothingFitsError,
     SetupFaultError,
-    UsageError,
 )
-from autotune.events import EventLog, Events, Listener, hooks
 from autotune.hardware import Cluster, Rates
-from autotune.intake import bench, require_usable
+from autotune.intake import bench
 from autotune.outcome import Crashed, Measured, Outcome, OutOfMemory, Rung, TimedOut, Unknown
 from autotune.plan import Plan, make_plan
 from autotune.probe.local import LocalProber
@@ -72,7 +66,7 @@ from autotune.script.site import (
 from autotune.script.training import TunedCommand
 from autotune.setting import Setting
 from autotune.space import micro_batch_sizes, space_of
-from autotune.status import StatusFile
+from autotune.staged import StagedRun, now
 from autotune.throughput import DrawnRows
 from autotune.tune.loop import Tuned, Tuner, describe, write_study
 from autotune.tune.search import OneByOne
@@ -83,7 +77,6 @@ _log = logging.getLogger(__name__)
 
 _NOT_HONOURED = "NotHonoured"
 _NEVER = 1_000_000_000
-_ENVELOPE = ("schema", "fingerprint", "run_dir", "at", "exit_reason", "exit_code", "message")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,119 +146,32 @@ def script_run_dir(question: ScriptQuestion) -> RunDir:
     return RunDir(Path("runs").absolute() / name)
 
 
-class ScriptRun:
-    """One tuning of a script in its directory, resumed where it was left."""
+class ScriptRun(StagedRun[ScriptQuestion]):
+    """One tuning of a script in its directory, resumed where it was left.
 
-    def __init__(self, question: ScriptQuestion, run_dir: RunDir) -> None:
-        self.question = question
-        self.dir = run_dir
-        self._figures: dict[str, Any] = {}
-        self._events = Events()
-        self._chronicle = Chronicle(self._events)
+    The output of its training goes to the descriptor `stdout`, unless that is None.
+    """
 
-    def finished(self, *, with_training: bool) -> dict[str, Any] | None:
-        """Return the result of an earlier run of the same question, if it got as far."""
-        result = self._result_before()
-        reached = ("trained",) if with_training else ("trained", "tuned")
-        return result if result.get("exit_reason") in reached else None
+    differing = "another script, other arguments or devices"
 
-    def _result_before(self) -> dict[str, Any]:
-        result = read_json(self.dir.result) or {}
-        return dict(result) if result.get("fingerprint") == self.question.fingerprint else {}
+    def __init__(
+        self, question: ScriptQuestion, run_dir: RunDir, *, stdout: int | None = None
+    ) -> None:
+        super().__init__(question, run_dir)
+        self._stdout = stdout
 
-    def execute(
-        self,
-        *,
-        with_training: bool,
-        listeners: Sequence[Listener] = (),
-        stdout: int | None = None,
-    ) -> dict[str, Any]:
-        """Tune, and train if that is asked for; returns the content of result.json.
-
-        Args:
-            with_training: whether to train.
-            listeners: told of events, besides the files that every run has.
-            stdout: descriptor that the training's output goes to; None is this process's own.
-
-        Raises:
-            AutotuneError: a stage failed; result.json says why.
-            InterruptedRunError: stopped from outside or out of budget; so says result.json.
-        """
-        require_usable(self.question.cluster)
-        self.dir.create()
-        with self.dir.locked():
-            if (done := self.finished(with_training=with_training)) is not None:
-                return done
-            self._refuse_foreign()
-            with self._told(listeners):
-                return self._to_the_end(with_training=with_training, stdout=stdout)
-
-    def _refuse_foreign(self) -> None:
-        before = read_json(self.dir.run)
-        if before and before.get("fingerprint") != self.question.fingerprint:
-            msg = (
-                f"{self.dir.root} holds a run of another script, other arguments or devices: "
-                "choose another --run-dir"
-            )
-            raise UsageError(msg)
-
-    @contextmanager
-    def _told(self, listeners: Sequence[Listener]) -> Iterator[None]:
-        targets = self.question.options["on_event"] or ()
-        about = {"run_dir": str(self.dir.root)}
-        with StatusFile(self.dir.status) as status, hooks(targets, about, self._events):
-            everybody: tuple[Listener, ...] = (EventLog(self.dir.events), status, *listeners)
-            for listener in everybody:
-                self._events.listen(listener)
-            yield
-
-    def _to_the_end(self, *, with_training: bool, stdout: int | None) -> dict[str, Any]:
-        command = "run" if with_training else "tune"
-        self._chronicle.started(command, self.question.fingerprint, str(self.dir.root))
-        try:
-            result = self._stages(with_training=with_training, stdout=stdout)
-        except (AutotuneError, InterruptedRunError) as error:
-            reason = type(error).__name__
-            try:
-                self._write_result(
-                    {"exit_reason": reason, "exit_code": error.exit_code, "message": str(error)}
-                    | self._figures
-                )
-            finally:
-                self._chronicle.ended(reason, error.exit_code, str(error))
-            raise
-        self._chronicle.ended(result["exit_reason"], 0, None)
-        return result
-
-    def _stages(self, *, with_training: bool, stdout: int | None) -> dict[str, Any]:
-        before = self._result_before()
-        self._figures = {name: value for name, value in before.items() if name not in _ENVELOPE}
-        if "setting" not in self._figures:
-            self._figures = self._tune_and_emit()
+    def _stages(self, *, with_training: bool) -> dict[str, Any]:
+        self._figures = self._figures_before() or self._tune_and_emit()
         result = self._write_result({"exit_reason": "tuned", "exit_code": 0} | self._figures)
         if with_training:
             self._enter("train")
             started = time.monotonic()
-            self._command().run(stdout=stdout)
+            self._command().run(stdout=self._stdout)
             seconds = {"training_seconds": time.monotonic() - started}
             result = self._write_result(
                 {"exit_reason": "trained", "exit_code": 0} | self._figures | seconds
             )
         return result
-
-    def _write_result(self, fields: dict[str, Any]) -> dict[str, Any]:
-        result = {
-            "schema": 1,
-            "fingerprint": self.question.fingerprint,
-            "run_dir": str(self.dir.root),
-            "at": _now(),
-            **fields,
-        }
-        write_json(self.dir.result, result)
-        return result
-
-    def _enter(self, phase: str) -> None:
-        self._chronicle.tell("phase", phase=phase)
 
     def _tune_and_emit(self) -> dict[str, Any]:
         question, started = self.question, time.monotonic()
@@ -567,7 +473,7 @@ class Look:
             ranks=self.ranks,
             lengths=site.lengths(setting),
             outcome=answer.outcome if failed else site.outcome(setting, answer),  # type: ignore[union-attr, arg-type] # as it failed or not
-            at=_now(),
+            at=now(),
             seconds=answer.seconds,
         )
         self.rungs.append(rung)
@@ -778,17 +684,5 @@ def _figures(look: Look, plan: Plan, tuned: Tuned, tuning_s: float) -> dict[str,
         "stopped_by": tuned.stopped_by,
         "tuning_seconds": tuning_s,
         "notes": list(look.wishes.notes),
-        "break_even_step": _break_even(default, best.outcome, tuning_s),
+        "break_even_step": break_even_step(default, best.outcome, tuning_s),
     }
-
-
-def _break_even(default: Outcome | None, chosen: Measured, tuning_s: float) -> int | None:
-    """Return the steps after which the tuning has paid for itself."""
-    if not isinstance(default, Measured):
-        return None
-    saved_s = default.step_time_s - chosen.step_time_s
-    return math.ceil(tuning_s / saved_s) if saved_s > 0 else None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
